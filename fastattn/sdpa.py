@@ -1,0 +1,137 @@
+"""Attention by torch's own scaled_dot_product_attention: the fast path on CPU.
+
+Masks and biases become the one dense mask that SDPA takes. Padded and packed batches are cut into
+their sequences instead, so that padding costs nothing; that reads the lengths on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from fastattn import masks
+from fastattn.masks import DenseMask, Joined, Lengths, Mask
+from fastattn.problem import AttentionProblem
+
+
+def unsupported_reasons(problem: AttentionProblem) -> list[str]:
+    """Why SDPA cannot serve a problem; empty if it can."""
+    reasons = []
+    if problem.softcap > 0:
+        reasons.append("softcap is not in torch's scaled_dot_product_attention")
+    if problem.sinks is not None:
+        reasons.append("sinks are not in torch's scaled_dot_product_attention")
+    if problem.return_lse:
+        reasons.append("torch's scaled_dot_product_attention does not return the log-sum-exp")
+    return reasons
+
+
+def run(problem: AttentionProblem) -> Tensor:
+    """Output of a checked problem."""
+    if problem.packed is not None:
+        slices = enumerate(problem.packed.slices())
+        pieces = [_attend(problem.sequence(i, rows, keys))[0] for i, (rows, keys) in slices]
+        return torch.cat(pieces) if pieces else problem.q.new_zeros(_out_shape(problem))
+    lengths = _lengths(problem.mask)
+    if lengths is None or torch.compiler.is_compiling() or problem.q.device.type != "cpu":
+        return _attend(problem)
+    return _attend_by_sequence(problem, lengths)
+
+
+def _out_shape(problem: AttentionProblem) -> tuple[int, ...]:
+    return (*problem.q.shape[:-1], problem.v.shape[-1])
+
+
+def _lengths(mask: Mask | None) -> Lengths | None:
+    parts = mask.parts if isinstance(mask, Joined) else (mask,)
+    return next((part for part in parts if isinstance(part, Lengths)), None)
+
+
+def _attend_by_sequence(problem: AttentionProblem, lengths: Lengths) -> Tensor:
+    """A padded batch, each sequence by itself and without its padding."""
+    batch, seqlen_q, seqlen_k = problem.q.shape[0], problem.q.shape[1], problem.k.shape[1]
+    parts = masks.take_apart(lengths)
+    ends = parts.seqlens_k.tolist()  # type: ignore[union-attr]
+    starts = [0] * batch if parts.starts_k is None else parts.starts_k.tolist()
+    rows = [seqlen_q] * batch if parts.seqlens_q is None else parts.seqlens_q.tolist()
+    mask = _without(problem.mask, lengths)
+    out = problem.q.new_zeros(_out_shape(problem))
+    for index, (start, end, live) in enumerate(zip(starts, ends, rows, strict=True)):
+        if end <= start or live == 0:
+            continue
+        one = slice(index, index + 1)
+        # Positions are those of the padded tensors: masks are drawn there, then cut.
+        own_mask, own_bias = None, None
+        if mask is not None:
+            dense = mask.at(index, seqlen_q, seqlen_k).dense(seqlen_q, seqlen_k, out.device)
+            own_mask = DenseMask(dense[:, :, :live, start:end])
+        if problem.bias is not None:
+            bias = problem.bias.at(index, seqlen_q, seqlen_k).dense(seqlen_q, seqlen_k, out.dtype)
+            own_bias = bias[:, :, :live, start:end]
+        piece = _scaled_dot_product(
+            problem.q[one, :live],
+            problem.k[one, start:end],
+            problem.v[one, start:end],
+            own_mask,
+            own_bias,
+            problem,
+        )
+        out[one, :live] = piece
+    return out
+
+
+def _without(mask: Mask | None, part: Mask) -> Mask | None:
+    if not isinstance(mask, Joined):
+        return None
+    rest = tuple(other for other in mask.parts if other is not part)
+    return Joined(rest) if rest else None
+
+
+def _attend(problem: AttentionProblem) -> Tensor:
+    seqlen_q, seqlen_k = problem.q.shape[1], problem.k.shape[1]
+    bias = None
+    if problem.bias is not None:
+        bias = problem.bias.dense(seqlen_q, seqlen_k, problem.q.dtype)
+    return _scaled_dot_product(problem.q, problem.k, problem.v, problem.mask, bias, problem)
+
+
+def _scaled_dot_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    bias: Tensor | None,
+    problem: AttentionProblem,
+) -> Tensor:
+    """SDPA in the public layout (batch, seqlen, num_heads, head_dim)."""
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if seqlen_k == 0:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+    # SDPA's causal flag is aligned top-left: the same as ours only for a square problem.
+    causal = isinstance(mask, masks.Causal) and seqlen_q == seqlen_k and bias is None
+    if isinstance(mask, masks.Causal) and seqlen_q == 1:
+        mask = None
+    visible = None
+    if mask is not None and not causal:
+        visible = mask.dense(seqlen_q, seqlen_k, q.device)
+    attn_mask = visible if bias is None else _merge(bias, visible)
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=attn_mask,
+        dropout_p=problem.dropout_p,
+        is_causal=causal,
+        scale=problem.softmax_scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)
+    if visible is None:
+        return out
+    # What a row without keys gives differs between SDPA's backends; here it is 0.
+    some = visible.any(-1)[..., None].transpose(1, 2)
+    return torch.where(some, out, 0.0)
+
+
+def _merge(bias: Tensor, visible: Tensor | None) -> Tensor:
+    return bias if visible is None else bias.masked_fill(~visible, float("-inf"))

@@ -1,0 +1,5 @@
+"""Attention kernels: shared tile helpers, the forward pass, and weights on demand."""
+
+from fastattn.kernels.attention.forward import launch_attention_forward as launch_attention_forward
+from fastattn.kernels.attention.operands import Modifiers as Modifiers
+from fastattn.kernels.attention.weights import launch_attention_weights as launch_attention_weights

@@ -1,0 +1,130 @@
+"""From torch tensors to the named tuples that kernels take. No tensor is copied or expanded here."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastattn.kernels.attention.tile import (
+    Distances,
+    HeadScalars,
+    Masks,
+    Plane,
+    Rows,
+    RowScalars,
+    Scores,
+    Shape,
+    Terms,
+)
+
+
+@dataclass(frozen=True)
+class Modifiers:
+    """All that stands between `q @ k.T` and the softmax, already validated.
+
+    Windows are -1 where unlimited. Lengths are integer tensors with an entry a sequence. `mask`
+    (bool) and `bias` are (batch, head, row, column) with broadcast axes of size 1 or stride 0.
+    `alibi_slopes` is (batch or 1, num_heads), `relative_bias` (num_heads, 2 * radius + 1),
+    `sinks` (num_heads,). max_seqlen_* count only with cu_seqlens_*.
+    """
+
+    softmax_scale: float
+    softcap: float = 0.0
+    window_left: int = -1
+    window_right: int = -1
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    seqlens_q: torch.Tensor | None = None
+    seqlens_k: torch.Tensor | None = None
+    starts_k: torch.Tensor | None = None
+    prefix: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    relative_bias: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether anything is added to the scaled products."""
+        biases = (self.bias, self.alibi_slopes, self.relative_bias)
+        return any(bias is not None for bias in biases)
+
+    @property
+    def lazy_scale(self) -> bool:
+        """Whether the scale may wait for the exponential: it commutes with max only if positive."""
+        return self.softmax_scale > 0 and self.softcap == 0 and not self.has_bias
+
+
+def rows(tensor: torch.Tensor) -> Rows:
+    """(batch, row, head, dim), or packed (row, head, dim)."""
+    stride_batch = tensor.stride(0) if tensor.dim() == 4 else 0
+    return Rows(tensor, stride_batch, tensor.stride(-3), tensor.stride(-2), tensor.stride(-1))
+
+
+def row_scalars(tensor: torch.Tensor | None) -> RowScalars:
+    """(batch, head, row), or packed (head, row)."""
+    if tensor is None:
+        return RowScalars(None, None, None, None)
+    stride_batch = tensor.stride(0) if tensor.dim() == 3 else 0
+    return RowScalars(tensor, stride_batch, tensor.stride(-2), tensor.stride(-1))
+
+
+def plane(tensor: torch.Tensor | None) -> Plane:
+    """(batch, head, row, column); axes of size 1 are broadcast."""
+    if tensor is None:
+        return Plane(None, None, None, None, None)
+    if tensor.dtype == torch.bool:
+        tensor = tensor.view(torch.uint8)
+    strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())]
+    batch, head, row, col = strides
+    return Plane(tensor, batch, head, row or None, col or None)
+
+
+def problem_shape(q: torch.Tensor, k: torch.Tensor, modifiers: Modifiers) -> Shape:
+    """Sizes of the frame: the longest sequences of a packed batch, else the tensors' own."""
+    packed = modifiers.cu_seqlens_q is not None
+    seqlen_q = modifiers.max_seqlen_q if packed else q.shape[1]
+    seqlen_k = modifiers.max_seqlen_k if packed else k.shape[1]
+    return Shape(seqlen_q, seqlen_k, q.shape[-2], q.shape[-2] // k.shape[-2])
+
+
+def masks(modifiers: Modifiers) -> Masks:
+    """The masks as a kernel takes them."""
+    return Masks(
+        cu_seqlens_q=modifiers.cu_seqlens_q,
+        cu_seqlens_k=modifiers.cu_seqlens_k,
+        seqlens_q=modifiers.seqlens_q,
+        seqlens_k=modifiers.seqlens_k,
+        starts_k=modifiers.starts_k,
+        prefix=modifiers.prefix,
+        window_left=None if modifiers.window_left < 0 else modifiers.window_left,
+        window_right=None if modifiers.window_right < 0 else modifiers.window_right,
+    )
+
+
+def scores(modifiers: Modifiers) -> Scores:
+    """Scale, softcap and sinks as a kernel takes them."""
+    softcap = float(modifiers.softcap) or None
+    return Scores(float(modifiers.softmax_scale), softcap, modifiers.sinks)
+
+
+def terms(modifiers: Modifiers) -> Terms:
+    """Dense mask and biases as a kernel takes them, one by one."""
+    alibi = HeadScalars(None, None, None)
+    if (slopes := modifiers.alibi_slopes) is not None:
+        stride_batch = 0 if slopes.shape[0] == 1 else slopes.stride(0)
+        alibi = HeadScalars(slopes, stride_batch, slopes.stride(1))
+    relative = Distances(None, None, None)
+    if (table := modifiers.relative_bias) is not None:
+        relative = Distances(table, table.stride(0), table.shape[1] // 2)
+    return Terms(plane(modifiers.mask), plane(modifiers.bias), alibi, relative)
+
+
+def needs_wide_offsets(*tensors: torch.Tensor, rows_per_tile: int) -> bool:
+    """Whether offsets within one tile can pass 2**31 elements (between tiles they are 64 bit)."""
+    return any(
+        rows_per_tile * abs(t.stride(-3)) + t.shape[-1] * abs(t.stride(-1)) >= 2**31
+        for t in tensors
+    )

@@ -1,0 +1,350 @@
+"""What every attention kernel shares: its operands, who may attend to whom, and the scores of one tile.
+
+Positional masks (causal, window, prefix, lengths) all come down to one idea: each query row sees an
+*interval* of keys. `visible_keys` computes it, `key_ranges` turns it into the tiles to visit. A tile
+inside every row's interval needs no mask; a tile outside all of them is never loaded.
+
+Operands travel as named tuples of pointers and strides. A member, or an operand's `ptr`, that is None
+means that the feature is absent, which is known when the kernel is compiled, so it costs nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Rows(NamedTuple):
+    """A (batch, row, head, dim) operand: q, k, v or out. Packed operands have stride_batch 0."""
+
+    ptr: Any
+    stride_batch: Any
+    stride_row: Any
+    stride_head: Any
+    stride_dim: Any
+
+
+class Plane(NamedTuple):
+    """A (batch, head, row, column) operand broadcast by strides: a dense mask or bias, or weights.
+
+    stride_row or stride_col is None where that axis is broadcast, so that only a vector is loaded.
+    """
+
+    ptr: Any
+    stride_batch: Any
+    stride_head: Any
+    stride_row: Any
+    stride_col: Any
+
+
+class RowScalars(NamedTuple):
+    """A (batch, head, row) operand: the log-sum-exp of the scores."""
+
+    ptr: Any
+    stride_batch: Any
+    stride_head: Any
+    stride_row: Any
+
+
+class HeadScalars(NamedTuple):
+    """A (batch, head) operand: ALiBi slopes (sinks have stride_batch 0)."""
+
+    ptr: Any
+    stride_batch: Any
+    stride_head: Any
+
+
+class Distances(NamedTuple):
+    """A bias by clamped distance: (head, 2 * radius + 1), entry `radius + clamp(key - query)`."""
+
+    ptr: Any
+    stride_head: Any
+    radius: Any
+
+
+class Shape(NamedTuple):
+    """Sizes of the padded frame. Packed sequences bring their own lengths; these are the longest."""
+
+    seqlen_q: Any
+    seqlen_k: Any
+    num_heads: Any
+    group_size: Any
+
+
+class Masks(NamedTuple):
+    """Who may attend to whom. Pointers are to integers, one entry a sequence."""
+
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    seqlens_q: Any
+    seqlens_k: Any
+    starts_k: Any
+    prefix: Any
+    window_left: Any
+    window_right: Any
+
+
+class Scores(NamedTuple):
+    """How a score is made of a product, before any term is added."""
+
+    scale: Any
+    softcap: Any
+    sinks: Any
+
+
+class Terms(NamedTuple):
+    """What is added to, or masked from, the scores of a tile.
+
+    Kernels take the members one by one and assemble them: Triton 3.6 loses a nested member that is
+    specialised to 1 when a loop carries the tuple.
+    """
+
+    mask: Any  # Plane
+    bias: Any  # Plane
+    alibi: Any  # HeadScalars
+    relative: Any  # Distances
+
+
+class Sequence(NamedTuple):
+    """One sequence of the batch, in its own coordinates (row 0 is its first row)."""
+
+    index: Any  # which sequence
+    begin_q: Any  # first row in a packed q, else 0
+    begin_k: Any
+    rows: Any  # query rows it has
+    live_rows: Any  # query rows that may attend to anything
+    first_key: Any
+    end_key: Any
+    offset: Any  # key position of query row 0: bottom-right alignment
+    prefix: Any
+
+
+@triton.jit
+def load_int(pointer, index):
+    """An entry of a tensor of lengths, whatever its integer type."""
+    return tl.load(pointer + index).to(tl.int32)
+
+
+@triton.jit
+def load_sequence(shape, masks, index):
+    """Reads where sequence `index` lies and which of its rows and keys exist."""
+    rows = shape.seqlen_q
+    keys = shape.seqlen_k
+    begin_q = 0
+    begin_k = 0
+    if masks.cu_seqlens_q is not None:
+        begin_q = load_int(masks.cu_seqlens_q, index)
+        rows = load_int(masks.cu_seqlens_q, index + 1) - begin_q
+        begin_k = load_int(masks.cu_seqlens_k, index)
+        keys = load_int(masks.cu_seqlens_k, index + 1) - begin_k
+    live_rows = rows
+    first_key = 0
+    end_key = keys
+    if masks.seqlens_q is not None:
+        live_rows = tl.minimum(rows, load_int(masks.seqlens_q, index))
+    if masks.seqlens_k is not None:
+        end_key = tl.minimum(keys, load_int(masks.seqlens_k, index))
+    if masks.starts_k is not None:
+        first_key = tl.maximum(0, load_int(masks.starts_k, index))
+    prefix = 0
+    if masks.prefix is not None:
+        prefix = load_int(masks.prefix, index)
+    return Sequence(
+        index, begin_q, begin_k, rows, live_rows, first_key, end_key, keys - rows, prefix
+    )
+
+
+@triton.jit
+def visible_keys(row, seq, masks):
+    """The interval [first, end) of keys that a query row, or a vector of rows, may attend to.
+
+    Both ends grow with the row, so the first and the last row of a block bound the whole block.
+    """
+    first = row * 0 + seq.first_key
+    end = row * 0 + seq.end_key
+    position = row + seq.offset
+    if masks.window_left is not None:
+        first = tl.maximum(first, position - masks.window_left)
+    if masks.window_right is not None:
+        end = tl.minimum(end, position + masks.window_right + 1)
+    if masks.prefix is not None:
+        end = tl.minimum(end, tl.maximum(position + 1, seq.prefix))
+    return first, end
+
+
+@triton.jit
+def key_ranges(start_m, seq, masks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tile-aligned (begin, full_begin, full_end, end) of the keys for one block of rows.
+
+    Tiles in [full_begin, full_end) are visible to every row. Those of [begin, full_begin) and
+    [full_end, end) are cut by a mask. All others are not visited.
+    """
+    last_m = tl.minimum(start_m + BLOCK_M, seq.live_rows) - 1
+    begin, full_end = visible_keys(start_m, seq, masks)
+    full_begin, end = visible_keys(last_m, seq, masks)
+    # Negative bounds are clamped first: integer division rounds them differently across backends.
+    begin = tl.maximum(begin, 0) // BLOCK_N * BLOCK_N
+    full_begin = tl.cdiv(tl.maximum(full_begin, 0), BLOCK_N) * BLOCK_N
+    full_end = tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N
+    full_end = tl.maximum(full_end, full_begin)
+    end = tl.where(last_m >= start_m, end, 0)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def load_tile(
+    operand,
+    base,
+    row,
+    end_row,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Loads rows `row` of one head, as (len(row), BLOCK_D); what lies outside is 0."""
+    dim = tl.arange(0, BLOCK_D)
+    pointers = base + row_offsets(row, operand.stride_row, WIDE)[:, None]
+    pointers += row_offsets(dim, operand.stride_dim, WIDE)[None, :]
+    if CHECK_ROWS:
+        inside = (row < end_row)[:, None] & (dim < HEAD_DIM)[None, :]
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    elif BLOCK_D != HEAD_DIM:
+        tile = tl.load(pointers, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def row_offsets(row, stride, WIDE: tl.constexpr):
+    """`row * stride` in 64 bits where the launcher found that 32 could overflow."""
+    if WIDE:
+        return row.to(tl.int64) * stride
+    return row * stride
+
+
+@triton.jit
+def head_base(operand, batch, head, begin_row):
+    """Pointer to row `begin_row` of a head; 64 bits, since whole tensors exceed 2**31 elements."""
+    offset = tl.cast(batch, tl.int64) * operand.stride_batch
+    offset += tl.cast(head, tl.int64) * operand.stride_head
+    return operand.ptr + offset + tl.cast(begin_row, tl.int64) * operand.stride_row
+
+
+@triton.jit
+def load_plane(plane, batch, head, row, col, end_row, end_col, other):
+    """Loads a dense mask or bias for rows x columns; only a vector where an axis is broadcast."""
+    base = plane.ptr + tl.cast(batch, tl.int64) * plane.stride_batch
+    base += tl.cast(head, tl.int64) * plane.stride_head
+    row_offset = row.to(tl.int64)
+    col_offset = col.to(tl.int64)
+    if plane.stride_row is None and plane.stride_col is None:
+        tile = tl.load(base)
+    elif plane.stride_row is None:
+        pointers = base + col_offset * plane.stride_col
+        tile = tl.load(pointers, mask=col < end_col, other=other)[None, :]
+    elif plane.stride_col is None:
+        pointers = base + row_offset * plane.stride_row
+        tile = tl.load(pointers, mask=row < end_row, other=other)[:, None]
+    else:
+        pointers = base + (row_offset * plane.stride_row)[:, None]
+        pointers += (col_offset * plane.stride_col)[None, :]
+        inside = (row < end_row)[:, None] & (col < end_col)[None, :]
+        tile = tl.load(pointers, mask=inside, other=other)
+    return tile
+
+
+@triton.jit
+def load_by_distance(distances, head, start_m, start_n, row, col, seq, BLOCK_M, BLOCK_N):
+    """Bias by key - query distance. A tile past the radius needs one entry, the others a gather.
+
+    `start_m` is None where the rows are not consecutive: then every tile gathers.
+    """
+    base = distances.ptr + tl.cast(head, tl.int64) * distances.stride_head
+    radius = distances.radius
+    distance = col[None, :] - (row + seq.offset)[:, None]
+    index = tl.minimum(tl.maximum(distance, -radius), radius) + radius
+    if start_m is None:
+        bias = tl.load(base + index).to(tl.float32)
+    else:
+        nearest_after = start_n - (start_m + BLOCK_M - 1 + seq.offset)
+        nearest_before = start_n + BLOCK_N - 1 - (start_m + seq.offset)
+        if (nearest_after < radius) & (nearest_before > -radius):
+            bias = tl.load(base + index).to(tl.float32)
+        else:
+            far = tl.load(base + tl.where(nearest_after >= radius, 2 * radius, 0)).to(tl.float32)
+            bias = tl.broadcast_to(far, (BLOCK_M, BLOCK_N))
+    return bias
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """Hyperbolic tangent from exp2. PRECISE avoids the cancellation near 0 that float32 shows."""
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    magnitude = (1.0 - decay) / (1.0 + decay)
+    result = tl.where(x < 0, -magnitude, magnitude)
+    if PRECISE:
+        # Taylor series; at 1/2 its first dropped term is near one float32 rounding unit.
+        z = x * x
+        series = -1382.0 / 155925.0 + z * (21844.0 / 6081075.0)
+        series = 2.0 / 15.0 + z * (-17.0 / 315.0 + z * (62.0 / 2835.0 + z * series))
+        series = x + x * z * (-1.0 / 3.0 + z * series)
+        result = tl.where(tl.abs(x) < 0.5, series, result)
+    return result
+
+
+@triton.jit
+def modify_scores(
+    products,
+    scores,
+    terms,
+    seq,
+    head,
+    start_m,
+    start_n,
+    row,
+    col,
+    first,
+    end,
+    MASKED,
+    LAZY_SCALE,
+    PRECISE,
+):
+    """Scores of one tile in units of log2, from the products q @ k.T; -inf where nothing attends.
+
+    The order is scale, softcap, biases, masks. `first` and `end` are the rows' intervals of keys,
+    looked at only where MASKED. With LAZY_SCALE (neither softcap nor bias) the products stay
+    unscaled: the scale then rides in the exponential's multiply-add.
+    """
+    BLOCK_M: tl.constexpr = products.shape[0]
+    BLOCK_N: tl.constexpr = products.shape[1]
+    if scores.softcap is not None:
+        capped = tanh(products * (scores.scale / scores.softcap), PRECISE)
+        products = capped * (scores.softcap * LOG2E)
+    elif not LAZY_SCALE:
+        products = products * (scores.scale * LOG2E)
+    if terms.bias.ptr is not None:
+        bias = load_plane(terms.bias, seq.index, head, row, col, seq.rows, seq.end_key, 0.0)
+        products += bias.to(tl.float32) * LOG2E
+    if terms.alibi.ptr is not None:
+        slope = tl.load(
+            terms.alibi.ptr + seq.index * terms.alibi.stride_batch + head * terms.alibi.stride_head
+        )
+        distance = col[None, :] - (row + seq.offset)[:, None]
+        products -= tl.abs(distance).to(tl.float32) * (slope.to(tl.float32) * LOG2E)
+    if terms.relative.ptr is not None:
+        bias = load_by_distance(
+            terms.relative, head, start_m, start_n, row, col, seq, BLOCK_M, BLOCK_N
+        )
+        products += bias * LOG2E
+    if terms.mask.ptr is not None:
+        keep = load_plane(terms.mask, seq.index, head, row, col, seq.rows, seq.end_key, 0)
+        products = tl.where(keep != 0, products, float("-inf"))
+    if MASKED:
+        keep = (col[None, :] >= first[:, None]) & (col[None, :] < end[:, None])
+        products = tl.where(keep, products, float("-inf"))
+    return products
