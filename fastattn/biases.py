@@ -53,6 +53,10 @@ class Bias:
         """This bias for sequence `index` alone, which has these lengths."""
         return self
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of: the tensors that a gradient could flow to."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class DenseBias(Bias):
@@ -71,6 +75,9 @@ class DenseBias(Bias):
     def dense(self, seqlen_q: int, seqlen_k: int, dtype: torch.dtype | None = None) -> Tensor:
         tensor = self.tensor.to(dtype or self.tensor.dtype)
         return tensor[(None,) * (4 - tensor.dim())].expand(-1, -1, seqlen_q, seqlen_k)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.tensor,)
 
     def check(self, frame: Frame) -> None:
         shape = (frame.num_sequences, frame.num_heads, frame.seqlen_q, frame.seqlen_k)
@@ -111,6 +118,9 @@ class ALiBi(Bias):
         slopes = self.slopes.to(torch.promote_types(dtype, torch.float32))
         distance = key_minus_query(seqlen_q, seqlen_k, slopes.device).abs().to(slopes.dtype)
         return (-slopes.reshape(-1, slopes.shape[-1], 1, 1) * distance).to(dtype)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.slopes,)
 
     def check(self, frame: Frame) -> None:
         heads, batch = self.slopes.shape[-1], self.slopes.shape[:-1]
@@ -185,6 +195,9 @@ class T5Bias(Bias):
         by_distance = self.by_distance().to(dtype or self.table.dtype)
         return by_distance[:, index][None]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.table,)
+
     def check(self, frame: Frame) -> None:
         if self.table.shape[1] != frame.num_heads:
             raise ValueError(
@@ -217,6 +230,9 @@ class JoinedBias(Bias):
     def dense(self, seqlen_q: int, seqlen_k: int, dtype: torch.dtype | None = None) -> Tensor:
         first, *others = (part.dense(seqlen_q, seqlen_k, dtype) for part in self.parts)
         return functools.reduce(torch.add, others, first)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self.parts for tensor in part.tensors())
 
     def check(self, frame: Frame) -> None:
         for part in self.parts:

@@ -47,7 +47,7 @@ def attention(
             torch implementations); head_dim 1 to 256. With a `Packed` mask (total_q, num_heads,
             head_dim), or the same behind a batch axis of 1.
         k: (batch, seqlen_k, num_heads_kv, head_dim). num_heads must be a multiple of num_heads_kv
-            (grouped-query; 1 is multi-query): q head h uses k head h // (num_heads // num_heads_kv).
+            (grouped-query): q head h uses k head h // (num_heads // num_heads_kv).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v); head_dim_v may differ from head_dim.
         causal: the same as joining `Causal()` to the mask.
         mask: bool tensor, True = attend, that broadcasts to (batch, num_heads, seqlen_q, seqlen_k),
@@ -194,7 +194,7 @@ def _check_indices(
 def _check_lse(lse: Tensor, problem: AttentionProblem) -> None:
     check_tensor("lse", lse)
     q = problem.q
-    shape = (q.shape[1], q.shape[0])
+    shape: tuple[int, ...] = (q.shape[1], q.shape[0])
     if problem.packed is None:
         shape = (q.shape[0], q.shape[2], q.shape[1])
     expected = torch.promote_types(q.dtype, torch.float32)

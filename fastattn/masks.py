@@ -12,6 +12,7 @@ key/value cache. `print(mask.show(6, 6))` draws a mask.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,7 +65,7 @@ class Mask:
     __rand__ = __and__
 
     def visible_keys(self, row: Tensor, seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor]:
-        """Interval [first, end) of visible keys of each row: two tensors (num_sequences or 1, M)."""
+        """Interval [first, end) of each row's visible keys: two tensors (num_sequences or 1, M)."""
         raise NotImplementedError(f"{type(self).__name__} is not a positional mask")
 
     def check(self, frame: Frame) -> None:
@@ -287,7 +288,15 @@ def _either(old: Tensor | None, new: Tensor | None) -> Tensor | None:
     return new if old is None else old
 
 
-@dataclass(frozen=True, eq=False)
+def _longest(name: str, longest: int | None, cu_seqlens: Tensor) -> int:
+    if longest is None:
+        return max(int(cu_seqlens.diff().max()), 0) if cu_seqlens.numel() > 1 else 0
+    if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)) or longest < 0:
+        raise ValueError(f"{name} must be an int >= 0, got {longest!r}")
+    return longest
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class Packed(Mask):
     """Sequences laid end to end without padding: each attends only to itself.
 
@@ -303,30 +312,32 @@ class Packed(Mask):
     """
 
     cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor = None  # type: ignore[assignment]
-    max_seqlen_q: int = None  # type: ignore[assignment]
-    max_seqlen_k: int = None  # type: ignore[assignment]
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
 
-    def __post_init__(self) -> None:
-        check_tensor("Packed cu_seqlens_q", self.cu_seqlens_q)
-        if self.cu_seqlens_k is None:
-            object.__setattr__(self, "cu_seqlens_k", self.cu_seqlens_q)
-            if self.max_seqlen_k is None and self.max_seqlen_q is not None:
-                object.__setattr__(self, "max_seqlen_k", self.max_seqlen_q)
-        check_tensor("Packed cu_seqlens_k", self.cu_seqlens_k)
-        if self.cu_seqlens_q.shape != self.cu_seqlens_k.shape:
+    def __init__(
+        self,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> None:
+        if cu_seqlens_k is None:
+            cu_seqlens_k = cu_seqlens_q
+            max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+        for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            check_tensor(name, value)
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(
-                "Packed cu_seqlens_q and cu_seqlens_k must have the same number of entries, got "
-                f"{describe(self.cu_seqlens_q)} and {describe(self.cu_seqlens_k)}"
+                "cu_seqlens_q and cu_seqlens_k must have the same number of entries, got "
+                f"{describe(cu_seqlens_q)} and {describe(cu_seqlens_k)}"
             )
-        for name in ("q", "k"):
-            longest = getattr(self, f"max_seqlen_{name}")
-            if longest is None:
-                cu_seqlens = getattr(self, f"cu_seqlens_{name}")
-                longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
-                object.__setattr__(self, f"max_seqlen_{name}", max(longest, 0))
-            elif isinstance(longest, bool) or not isinstance(longest, int) or longest < 0:
-                raise ValueError(f"Packed max_seqlen_{name} must be an int >= 0, got {longest!r}")
+        set_field = functools.partial(object.__setattr__, self)  # the class is frozen
+        set_field("cu_seqlens_q", cu_seqlens_q)
+        set_field("cu_seqlens_k", cu_seqlens_k)
+        set_field("max_seqlen_q", _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q))
+        set_field("max_seqlen_k", _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k))
 
     @property
     def num_sequences(self) -> int:

@@ -56,12 +56,12 @@ class AttentionProblem:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors a gradient could flow to."""
-        parts = biases.take_apart(self.bias)
-        candidates = (
-            self.q, self.k, self.v, self.sinks,
-            parts.bias, parts.alibi_slopes, parts.relative_bias,
-        )  # fmt: skip
-        return [tensor for tensor in candidates if tensor is not None]
+        tensors = [self.q, self.k, self.v]
+        if self.sinks is not None:
+            tensors.append(self.sinks)
+        if self.bias is not None:
+            tensors.extend(self.bias.tensors())
+        return tensors
 
     @property
     def requires_grad(self) -> bool:

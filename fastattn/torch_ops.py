@@ -61,7 +61,7 @@ def attention_weights(
     rows: Tensor | None,
     average: bool,
 ) -> Tensor:
-    """Weights (batch, heads, rows, keys), or (batch, rows, keys) averaged, by the weights kernel."""
+    """Weights (batch, heads, rows, keys), averaged (batch, rows, keys), by the weights kernel."""
     weights = torch.ops.fastattn.attention_weights(
         problem.q, problem.k, lse, heads, rows, average, *_modifiers(problem)
     )
@@ -117,7 +117,7 @@ def _allocate_forward(
     q: Tensor, v: Tensor, return_lse: bool, packed: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of out and lse."""
-    lse_shape = (0,)
+    lse_shape: tuple[int, ...] = (0,)
     if return_lse:
         lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
     return (*q.shape[:-1], v.shape[-1]), lse_shape

@@ -7,6 +7,7 @@ Checks of *values* on a GPU would make every call wait for the device, so they r
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,7 +87,7 @@ def check_cu_seqlens(name: str, value: Any, total: int, longest: int, device: to
     entries = value.tolist()
     if entries[0] != 0:
         raise ValueError(f"{name} must start at 0, got {entries[0]}")
-    lengths = [after - before for before, after in zip(entries, entries[1:], strict=False)]
+    lengths = [after - before for before, after in itertools.pairwise(entries)]
     if any(length < 0 for length in lengths):
         at = next(i for i, length in enumerate(lengths) if length < 0)
         raise ValueError(

@@ -1,5 +1,12 @@
-"""Tile configurations, and which one a problem gets. Constants say why, and where they were measured."""
+"""Tile configurations, and which one a problem gets.
 
+Each chip has two tiles a head dimension: a large one for plain and positionally masked attention,
+and a small one for problems with few rows or with modifiers that need registers of their own. None
+of them spills a register or exceeds the chip's shared memory: `fastattn.testing.compile_report`
+compiles them all. They have not been timed yet; `make gpu` sweeps FORWARD_CANDIDATES.
+"""
+
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +22,118 @@ class ForwardConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class TilePair:
+    """The tiles of one chip, dtype and head dimension."""
+
+    large: ForwardConfig
+    small: ForwardConfig
+
+
+def _pair(large: tuple[int, int, int, int], small: tuple[int, int, int, int]) -> TilePair:
+    return TilePair(ForwardConfig(*large), ForwardConfig(*small))
+
+
+# (block_m, block_n, num_warps, num_stages) by chip and by head dimension up to the key.
+HALF_CONFIGS: dict[str, dict[int, TilePair]] = {
+    # 163 KiB of shared memory (A100).
+    "sm_80": {
+        64: _pair((128, 64, 8, 3), (64, 64, 4, 2)),
+        128: _pair((128, 64, 8, 3), (64, 64, 8, 2)),
+        256: _pair((64, 64, 8, 2), (64, 32, 8, 2)),
+    },
+    # 227 KiB (H100, H200); a warpgroup's wgmma takes 64 rows.
+    "sm_90": {
+        64: _pair((128, 128, 8, 3), (64, 64, 4, 2)),
+        128: _pair((128, 64, 8, 3), (64, 64, 8, 2)),
+        256: _pair((128, 64, 8, 2), (64, 32, 8, 2)),
+    },
+    # 227 KiB (B200); 512 columns of tensor memory.
+    "sm_100": {
+        64: _pair((128, 128, 8, 3), (64, 64, 4, 2)),
+        128: _pair((128, 64, 8, 3), (64, 64, 8, 2)),
+        256: _pair((128, 64, 8, 2), (64, 32, 8, 2)),
+    },
+    # 99 KiB (RTX 30, 40, 50, L4, L40).
+    "sm_120": {
+        64: _pair((128, 64, 8, 3), (64, 64, 4, 2)),
+        128: _pair((64, 64, 8, 2), (64, 32, 8, 2)),
+        256: _pair((64, 32, 8, 2), (64, 32, 8, 1)),
+    },
+    # 64 KiB (MI300).
+    "gfx942": {
+        64: _pair((128, 64, 8, 2), (64, 64, 8, 2)),
+        128: _pair((128, 32, 8, 2), (64, 32, 8, 2)),
+        256: _pair((64, 32, 8, 2), (64, 32, 8, 1)),
+    },
+}
+
+# float32 products run on the ordinary units, from registers: small tiles on every chip.
+FLOAT32_CONFIGS: dict[int, TilePair] = {
+    64: _pair((64, 32, 8, 2), (32, 32, 8, 2)),
+    128: _pair((32, 32, 8, 2), (32, 32, 8, 1)),
+    256: _pair((32, 16, 8, 1), (16, 16, 8, 1)),
+}
+
+# In the interpreter a tile costs about the same whatever its size.
+INTERPRETER_CONFIG = ForwardConfig(64, 64, 4, 1)
+
+# What the sweep of `make gpu` tries beside the selected tiles.
+FORWARD_CANDIDATES = tuple(
+    ForwardConfig(block_m, block_n, num_warps, num_stages)
+    for block_m, block_n, num_warps in (
+        (128, 128, 8),
+        (128, 64, 8),
+        (128, 64, 4),
+        (128, 32, 8),
+        (64, 128, 4),
+        (64, 64, 4),
+        (64, 64, 8),
+    )
+    for num_stages in (2, 3, 4)
+)
+
+
 def padded_dim(head_dim: int) -> int:
     """The power of two that a tile's head dimension is padded to; tensor cores want 16 or more."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+@functools.cache
+def chip_of(device: torch.device) -> str:
+    """The row of HALF_CONFIGS for a device; "interpreter" on CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) in ((8, 6), (8, 9)) or major == 12:
+        return "sm_120"
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+
+
+def tile_pair(chip: str, head_dim: int, dtype: torch.dtype) -> TilePair:
+    """Large and small tile of a chip for the larger of both head dimensions."""
+    table = FLOAT32_CONFIGS if dtype == torch.float32 else HALF_CONFIGS[chip]
+    return table[next(limit for limit in table if head_dim <= limit)]
+
+
 def select_forward_config(
-    head_dim: int, head_dim_v: int, dtype: torch.dtype, seqlen_q: int, device: torch.device
+    chip: str, head_dim: int, dtype: torch.dtype, seqlen_q: int, modified: bool
 ) -> ForwardConfig:
-    return ForwardConfig(64, 64, 4, 2)
+    """The tile for a problem.
+
+    Args:
+        chip: a key of HALF_CONFIGS, or "interpreter".
+        head_dim: the larger of the key and value head dimensions.
+        dtype: of q, k and v.
+        seqlen_q: rows of the longest sequence.
+        modified: whether scores have a softcap, a bias or a dense mask.
+    """
+    if chip == "interpreter":
+        return INTERPRETER_CONFIG
+    pair = tile_pair(chip, head_dim, dtype)
+    return pair.small if modified or seqlen_q <= 64 else pair.large
 
 
 @dataclass(frozen=True)
@@ -36,5 +146,7 @@ class WeightsConfig:
 
 
 def select_weights_config(head_dim: int, dtype: torch.dtype) -> WeightsConfig:
-    """One square tile a program: it is bound by the bytes it writes."""
+    """One square tile a program: the kernel is bound by the bytes it writes."""
+    if dtype == torch.float32 or head_dim > 128:
+        return WeightsConfig(32, 32, 4)
     return WeightsConfig(64, 64, 4)

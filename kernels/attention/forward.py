@@ -10,7 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.config import ForwardConfig, padded_dim, select_forward_config
+from fastattn.kernels.attention.config import (
+    ForwardConfig,
+    chip_of,
+    padded_dim,
+    select_forward_config,
+)
 from fastattn.kernels.attention.operands import (
     Modifiers,
     masks,
@@ -175,7 +180,9 @@ def _attention_forward_kernel(
     keep = inside[:, None] & (dim < HEAD_DIM_V)[None, :]
     tl.store(pointers, acc.to(out.ptr.dtype.element_ty), mask=keep)
     if lse.ptr is not None:
-        value = tl.where(empty, float("-inf"), (maximum + tl.log2(total)) * LN2)
+        # Fused: one rounding instead of two where the maximum is large.
+        value = tl.fma(maximum, LN2, tl.log2(total) * LN2)
+        value = tl.where(empty, float("-inf"), value)
         pointers = head_base(lse, index, head, seq.begin_q + start_m) + local_row * lse.stride_row
         tl.store(pointers, value, mask=inside)
 
@@ -202,7 +209,13 @@ def launch_attention_forward(
     shape = problem_shape(q, k, modifiers)
     num_sequences = modifiers.cu_seqlens_q.numel() - 1 if packed else q.shape[0]
     if config is None:
-        config = select_forward_config(head_dim, head_dim_v, q.dtype, shape.seqlen_q, q.device)
+        config = select_forward_config(
+            chip_of(q.device),
+            max(head_dim, head_dim_v),
+            q.dtype,
+            shape.seqlen_q,
+            modifiers.needs_registers,
+        )
     num_programs = triton.cdiv(shape.seqlen_q, config.block_m) * shape.num_heads * num_sequences
     if num_programs == 0:
         return

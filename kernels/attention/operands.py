@@ -1,4 +1,4 @@
-"""From torch tensors to the named tuples that kernels take. No tensor is copied or expanded here."""
+"""From torch tensors to the named tuples that kernels take; none is copied or expanded."""
 
 from dataclasses import dataclass
 
@@ -52,6 +52,11 @@ class Modifiers:
         return any(bias is not None for bias in biases)
 
     @property
+    def needs_registers(self) -> bool:
+        """Whether scores are modified tile by tile, beyond positional masks."""
+        return self.has_bias or self.softcap > 0 or self.mask is not None
+
+    @property
     def lazy_scale(self) -> bool:
         """Whether the scale may wait for the exponential: it commutes with max only if positive."""
         return self.softmax_scale > 0 and self.softcap == 0 and not self.has_bias
@@ -77,8 +82,9 @@ def plane(tensor: torch.Tensor | None) -> Plane:
         return Plane(None, None, None, None, None)
     if tensor.dtype == torch.bool:
         tensor = tensor.view(torch.uint8)
-    strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())]
-    batch, head, row, col = strides
+    batch, head, row, col = (
+        0 if size == 1 else tensor.stride(axis) for axis, size in enumerate(tensor.shape)
+    )
     return Plane(tensor, batch, head, row or None, col or None)
 
 

@@ -1,11 +1,11 @@
-"""What every attention kernel shares: its operands, who may attend to whom, and the scores of one tile.
+"""What every attention kernel shares: operands, who may attend to whom, the scores of one tile.
 
 Positional masks (causal, window, prefix, lengths) all come down to one idea: each query row sees an
-*interval* of keys. `visible_keys` computes it, `key_ranges` turns it into the tiles to visit. A tile
-inside every row's interval needs no mask; a tile outside all of them is never loaded.
+*interval* of keys. `visible_keys` computes it, `key_ranges` turns it into the tiles to visit. A
+tile inside every row's interval needs no mask; one outside all of them is never loaded.
 
-Operands travel as named tuples of pointers and strides. A member, or an operand's `ptr`, that is None
-means that the feature is absent, which is known when the kernel is compiled, so it costs nothing.
+Operands travel as named tuples of pointers and strides. A member, or an operand's `ptr`, that is
+None means that the feature is absent, which is known when the kernel is compiled: it costs nothing.
 """
 
 from typing import Any, NamedTuple
@@ -66,7 +66,7 @@ class Distances(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Sizes of the padded frame. Packed sequences bring their own lengths; these are the longest."""
+    """Sizes of the padded frame; of a packed batch, those of its longest sequence."""
 
     seqlen_q: Any
     seqlen_k: Any
@@ -223,7 +223,7 @@ def load_tile(
 def row_offsets(row, stride, WIDE: tl.constexpr):
     """`row * stride` in 64 bits where the launcher found that 32 could overflow."""
     if WIDE:
-        return row.to(tl.int64) * stride
+        row = row.to(tl.int64)
     return row * stride
 
 
