@@ -23,8 +23,8 @@ def attention_cases(target: Target) -> Iterator[CompileCase]:
             for feature, modifiers in _FEATURES.items():
                 if dtype == torch.float16 and feature not in ("bidirectional", "causal"):
                     continue
-                modified = _modifiers(modifiers, head_dim, dtype).needs_registers
-                config = select_forward_config(target.name, head_dim, dtype, _SEQLEN, modified)
+                count = _modifiers(modifiers, head_dim, dtype).count
+                config = select_forward_config(target.name, head_dim, dtype, _SEQLEN, count)
                 yield CompileCase(
                     kernel="attention_forward",
                     case=_name(dtype, head_dim, feature),
@@ -32,7 +32,7 @@ def attention_cases(target: Target) -> Iterator[CompileCase]:
                     launch=partial(launch_forward, head_dim, dtype, modifiers, config),
                     expect_tensor_cores=dtype != torch.float32,
                 )
-            short = select_forward_config(target.name, head_dim, dtype, 64, False)
+            short = select_forward_config(target.name, head_dim, dtype, 64, 0)
             yield CompileCase(
                 kernel="attention_forward",
                 case=_name(dtype, head_dim, "few rows, causal"),
@@ -79,6 +79,12 @@ _FEATURES: dict[str, dict[str, Any]] = {
     },
     "key padding mask": {"mask": lambda: torch.ones(2, 1, 1, _SEQLEN, dtype=torch.bool)},
     "T5 bias": {"relative_bias": lambda: torch.zeros(_HEADS, 257)},
+    "T5 bias, window, lengths": {
+        "relative_bias": lambda: torch.zeros(_HEADS, 257),
+        "window_left": 100,
+        "window_right": 0,
+        "seqlens_k": _lengths,
+    },
     "ALiBi, causal": {"alibi_slopes": lambda: torch.zeros(1, _HEADS), "window_right": 0},
     "softcap, sinks, causal": {
         "softcap": 30.0,

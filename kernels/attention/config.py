@@ -1,9 +1,9 @@
 """Tile configurations, and which one a problem gets.
 
-Each chip has two tiles a head dimension: a large one for plain and positionally masked attention,
-and a small one for problems with few rows or with modifiers that need registers of their own. None
-of them spills a register or exceeds the chip's shared memory: `fastattn.testing.compile_report`
-compiles them all. They have not been timed yet; `make gpu` sweeps FORWARD_CANDIDATES.
+Each chip has three tiles a head dimension: for plain and causal attention, for one modifier
+that needs registers of its own, and for several or for few rows. None of them spills a register or
+exceeds the chip's shared memory: `fastattn.testing.compile_report` compiles them all. Within that
+they follow compile reports alone; none has been timed yet. `make gpu` sweeps FORWARD_CANDIDATES.
 """
 
 import functools
@@ -23,56 +23,60 @@ class ForwardConfig:
 
 
 @dataclass(frozen=True)
-class TilePair:
+class Tiles:
     """The tiles of one chip, dtype and head dimension."""
 
-    large: ForwardConfig
-    small: ForwardConfig
+    plain: ForwardConfig
+    modified: ForwardConfig
+    crowded: ForwardConfig
 
 
-def _pair(large: tuple[int, int, int, int], small: tuple[int, int, int, int]) -> TilePair:
-    return TilePair(ForwardConfig(*large), ForwardConfig(*small))
+_Tile = tuple[int, int, int, int]
+
+
+def _tiles(plain: _Tile, modified: _Tile, crowded: _Tile) -> Tiles:
+    return Tiles(ForwardConfig(*plain), ForwardConfig(*modified), ForwardConfig(*crowded))
 
 
 # (block_m, block_n, num_warps, num_stages) by chip and by head dimension up to the key.
-HALF_CONFIGS: dict[str, dict[int, TilePair]] = {
+HALF_CONFIGS: dict[str, dict[int, Tiles]] = {
     # 163 KiB of shared memory (A100).
     "sm_80": {
-        64: _pair((128, 64, 8, 3), (64, 64, 4, 2)),
-        128: _pair((128, 64, 8, 3), (64, 64, 8, 2)),
-        256: _pair((64, 64, 8, 2), (64, 32, 8, 2)),
+        64: _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        128: _tiles((128, 64, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)),
+        256: _tiles((64, 64, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
     },
-    # 227 KiB (H100, H200); a warpgroup's wgmma takes 64 rows.
+    # 227 KiB (H100, H200). A warpgroup's wgmma takes 64 rows; fewer fall back to mma.
     "sm_90": {
-        64: _pair((128, 128, 8, 3), (64, 64, 4, 2)),
-        128: _pair((128, 64, 8, 3), (64, 64, 8, 2)),
-        256: _pair((128, 64, 8, 2), (64, 32, 8, 2)),
+        64: _tiles((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        128: _tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+        256: _tiles((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     },
     # 227 KiB (B200); 512 columns of tensor memory.
     "sm_100": {
-        64: _pair((128, 128, 8, 3), (64, 64, 4, 2)),
-        128: _pair((128, 64, 8, 3), (64, 64, 8, 2)),
-        256: _pair((128, 64, 8, 2), (64, 32, 8, 2)),
+        64: _tiles((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        128: _tiles((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+        256: _tiles((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
     },
     # 99 KiB (RTX 30, 40, 50, L4, L40).
     "sm_120": {
-        64: _pair((128, 64, 8, 3), (64, 64, 4, 2)),
-        128: _pair((64, 64, 8, 2), (64, 32, 8, 2)),
-        256: _pair((64, 32, 8, 2), (64, 32, 8, 1)),
+        64: _tiles((128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
+        128: _tiles((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+        256: _tiles((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
     },
-    # 64 KiB (MI300).
+    # 64 KiB (MI300); four warps may use 512 registers, eight only 256.
     "gfx942": {
-        64: _pair((128, 64, 8, 2), (64, 64, 8, 2)),
-        128: _pair((128, 32, 8, 2), (64, 32, 8, 2)),
-        256: _pair((64, 32, 8, 2), (64, 32, 8, 1)),
+        64: _tiles((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 2)),
+        128: _tiles((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        256: _tiles((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 4, 1)),
     },
 }
 
 # float32 products run on the ordinary units, from registers: small tiles on every chip.
-FLOAT32_CONFIGS: dict[int, TilePair] = {
-    64: _pair((64, 32, 8, 2), (32, 32, 8, 2)),
-    128: _pair((32, 32, 8, 2), (32, 32, 8, 1)),
-    256: _pair((32, 16, 8, 1), (16, 16, 8, 1)),
+FLOAT32_CONFIGS: dict[int, Tiles] = {
+    64: _tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
+    128: _tiles((32, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
+    256: _tiles((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 
 # In the interpreter a tile costs about the same whatever its size.
@@ -112,14 +116,14 @@ def chip_of(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
 
 
-def tile_pair(chip: str, head_dim: int, dtype: torch.dtype) -> TilePair:
-    """Large and small tile of a chip for the larger of both head dimensions."""
+def tiles(chip: str, head_dim: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of a chip for the larger of both head dimensions."""
     table = FLOAT32_CONFIGS if dtype == torch.float32 else HALF_CONFIGS[chip]
     return table[next(limit for limit in table if head_dim <= limit)]
 
 
 def select_forward_config(
-    chip: str, head_dim: int, dtype: torch.dtype, seqlen_q: int, modified: bool
+    chip: str, head_dim: int, dtype: torch.dtype, seqlen_q: int, num_modifiers: int
 ) -> ForwardConfig:
     """The tile for a problem.
 
@@ -128,12 +132,14 @@ def select_forward_config(
         head_dim: the larger of the key and value head dimensions.
         dtype: of q, k and v.
         seqlen_q: rows of the longest sequence.
-        modified: whether scores have a softcap, a bias or a dense mask.
+        num_modifiers: how many need registers of their own (`Modifiers.count`).
     """
     if chip == "interpreter":
         return INTERPRETER_CONFIG
-    pair = tile_pair(chip, head_dim, dtype)
-    return pair.small if modified or seqlen_q <= 64 else pair.large
+    chosen = tiles(chip, head_dim, dtype)
+    if num_modifiers > 1 or seqlen_q <= 64:
+        return chosen.crowded
+    return chosen.modified if num_modifiers else chosen.plain
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,11 @@ class Modifiers:
         return any(bias is not None for bias in biases)
 
     @property
-    def needs_registers(self) -> bool:
-        """Whether scores are modified tile by tile, beyond positional masks."""
-        return self.has_bias or self.softcap > 0 or self.mask is not None
+    def count(self) -> int:
+        """How many modifiers need registers of their own: softcap, biases, dense mask, left cut."""
+        tensors = (self.bias, self.alibi_slopes, self.relative_bias, self.mask)
+        cut_left = self.window_left >= 0 or self.starts_k is not None
+        return sum(tensor is not None for tensor in tensors) + (self.softcap > 0) + cut_left
 
     @property
     def lazy_scale(self) -> bool:

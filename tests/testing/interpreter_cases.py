@@ -129,6 +129,8 @@ def _reductions(x, out, OP: tl.constexpr, SIZE: tl.constexpr):
         tl.store(out + at, tl.reduce(a, 0, _first))
     elif OP == "scan":
         tl.store(out + at, tl.associative_scan(a, 0, tl.standard._sum_combine))
+    elif OP == "product":
+        tl.store(out + at, tl.associative_scan(a, 0, tl.standard._prod_combine))
     elif OP == "promoted":
         tl.store(out + at, tl.sum(a, 0).to(tl.bfloat16))
 
@@ -148,6 +150,7 @@ reduction("sum", torch.sum)
 reduction("max", torch.max)
 reduction("custom", torch.max)
 reduction("scan", lambda x: x.cumsum(0))
+reduction("product", lambda x: x.cumprod(0))
 reduction("promoted", torch.sum)
 
 
@@ -362,16 +365,31 @@ def fma_rounds_once() -> bool:
 
 
 @triton.jit
-def _nan_max(x, y, out, SIZE: tl.constexpr):
+def _ordered(x, y, out, OP: tl.constexpr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
-    tl.store(out + at, tl.maximum(tl.load(x + at), tl.load(y + at)))
+    a = tl.load(x + at)
+    b = tl.load(y + at)
+    if OP == "maximum":
+        c = tl.maximum(a, b)
+    elif OP == "minimum":
+        c = tl.minimum(a, b)
+    else:
+        c = tl.clamp(a, b, b)
+    tl.store(out + at, c)
 
 
-@case
-def maximum_drops_nan() -> bool:
-    x, out = normal(torch.float32), torch.empty(SIZE)
-    _nan_max[(1,)](torch.full((SIZE,), torch.nan), x, out, SIZE)
-    return same(out, x)
+def drops_nan(op: str) -> None:
+    def run() -> bool:
+        x, out = normal(torch.float32), torch.empty(SIZE)
+        _ordered[(1,)](torch.full((SIZE,), torch.nan), x, out, op, SIZE)
+        return same(out, x)
+
+    CASES[f"{op}_drops_nan"] = run
+
+
+drops_nan("maximum")
+drops_nan("minimum")
+drops_nan("clamp")
 
 
 @triton.jit
@@ -469,14 +487,25 @@ def condition_on_a_block_raises() -> bool:
 
 
 @triton.jit
-def _assert(x, SIZE: tl.constexpr):
-    tl.device_assert(tl.load(x + tl.arange(0, SIZE)) < 1.0, "below one")
+def _assert(x, ASSUME: tl.constexpr, SIZE: tl.constexpr):
+    below = tl.load(x + tl.arange(0, SIZE)) < 1.0
+    if ASSUME:
+        tl.assume(below)
+    else:
+        tl.device_assert(below, "below one")
 
 
-@case
-def device_assert_raises() -> bool:
-    _assert[(1,)](torch.zeros(SIZE), SIZE)
-    return raises(AssertionError, lambda: _assert[(1,)](torch.ones(SIZE), SIZE))
+def assertion(name: str, assume: bool) -> None:
+    def run() -> bool:
+        _assert[(1,)](torch.zeros(SIZE), assume, SIZE)
+        one_above = torch.eye(SIZE)[3]
+        return raises(AssertionError, lambda: _assert[(1,)](one_above, assume, SIZE))
+
+    CASES[name] = run
+
+
+assertion("device_assert_raises", False)
+assertion("assume_raises", True)
 
 
 class View(NamedTuple):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 from fastattn.testing import bounds_checked, is_interpreting, repair
 from fastattn.testing.interpreter import accesses, float_formats
@@ -119,6 +120,30 @@ assert cold == read() and sum(cold) == 5, cold
     assert process.returncode == 0, process.stderr
 
 
+@triton.jit
+def _twice(x):
+    return tl.exp2(x) + tl.load(x)  # a value is no pointer: this raises
+
+
+@triton.jit
+def _calls_helper(x, HELPER_RAISES: tl.constexpr):
+    a = tl.load(x)
+    if HELPER_RAISES:
+        a = _twice(a)
+    tl.store(x, cases._first(a, a))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_launch_leaves_the_language_as_it_was(fails: bool) -> None:
+    before = tl.load, tl.tensor.__add__, tl.range
+    if fails:
+        with pytest.raises(InterpreterError, match="ValueError"):
+            _calls_helper[(1,)](torch.ones(1), True)
+    else:
+        _calls_helper[(1,)](torch.ones(1), False)
+    assert (tl.load, tl.tensor.__add__, tl.range) == before
+
+
 # What is refused
 
 
@@ -164,6 +189,38 @@ def test_fp8_overflow_is_refused(value: float) -> None:
     assert out.float().eq(448).all()
     with pytest.raises(NotImplementedError, match="past the largest fp8e4nv, 448"):
         _convert[(1,)](torch.full((64,), value), out, 64)
+
+
+@triton.jit
+def _scaled_dot(x, scale, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    a = tl.load(x + at[:, None] * SIZE + at[None, :])
+    s = tl.load(scale + at[:, None] * (SIZE // 32) + tl.arange(0, SIZE // 32)[None, :])
+    c = tl.dot_scaled(a, s, tl.constexpr("e4m3"), a, s, tl.constexpr("e4m3"))
+    tl.store(out + at[:, None] * SIZE + at[None, :], c)
+
+
+def test_dot_scaled_is_refused() -> None:
+    x = torch.ones(64, 64).to(torch.float8_e4m3fn)
+    scale = torch.full((64, 2), 127, dtype=torch.uint8)
+    with pytest.raises(NotImplementedError, match="dot_scaled"):
+        _scaled_dot[(1,)](x, scale, torch.empty(64, 64), 64)
+
+
+@triton.jit
+def _fma_of(x, out, SIZE: tl.constexpr):
+    a = tl.load(x + tl.arange(0, SIZE))
+    tl.store(out + tl.arange(0, SIZE), tl.fma(a, a, -a))
+
+
+def test_fma_on_fp64_rounds_once_or_is_refused() -> None:
+    x, out = torch.full((64,), 1 + 2.0**-30, dtype=torch.float64), torch.empty(64).double()
+    if triton.__version__ >= "3.9":
+        _fma_of[(1,)](x, out, 64)
+        assert out.eq(2.0**-30 + 2.0**-60).all()
+    else:
+        with pytest.raises(NotImplementedError, match="fma on fp64"):
+            _fma_of[(1,)](x, out, 64)
 
 
 # Rounding
@@ -257,14 +314,26 @@ def test_bounds_checked_sees_the_gaps_of_a_view() -> None:
 
 
 def test_bounds_checked_allows_overlapping_views_their_extent() -> None:
-    windows = torch.zeros(10).unfold(0, 4, 1)
-    with bounds_checked(windows=windows):
-        gather(windows, [0, 9])
+    crossing = torch.zeros(11).as_strided((3, 3), (2, 3))
+    with bounds_checked(crossing=crossing):
+        gather(crossing, list(range(11)))
     broadcast = torch.zeros(10)[4:5].expand(8)
     with bounds_checked(broadcast=broadcast):
         gather(broadcast, [0])
         with pytest.raises(IndexError, match="broadcast, 4 bytes"):
             gather(broadcast, [1])
+
+
+@triton.jit
+def _load_words(x, at):
+    tl.load(x.to(tl.pointer_type(tl.int32)) + at)
+
+
+def test_the_last_byte_of_a_lane_must_be_inside() -> None:
+    x = torch.zeros(6, dtype=torch.uint8)
+    _load_words[(1,)](x, 0)
+    with pytest.raises(IndexError, match=r"load of 4 bytes.*byte offset 4"):
+        _load_words[(1,)](x, 1)
 
 
 def test_bounds_checked_refuses_what_it_cannot_check() -> None:

@@ -114,11 +114,11 @@ def test_bad_arguments() -> None:
         compare(actual, baseline[:1], exact)
     with pytest.raises(ValueError, match=r"exact has shape \(2, 1\)"):
         compare(actual, baseline, exact[:, None])
-    with pytest.raises(TypeError, match=r"baseline has dtype torch.float16, expected actual's"):
+    with pytest.raises(TypeError, match=r"baseline has dtype torch\.float16, expected actual's"):
         compare(actual, baseline.half(), exact)
-    with pytest.raises(TypeError, match=r"exact has dtype torch.float32, expected torch.float64"):
+    with pytest.raises(TypeError, match=r"exact has dtype torch\.float32, expected torch\.float64"):
         compare(actual, baseline, exact.float())
-    with pytest.raises(TypeError, match="actual has dtype torch.int32"):
+    with pytest.raises(TypeError, match=r"actual has dtype torch\.int32"):
         compare(actual.int(), baseline.int(), exact)
     for factor in (0.0, -1.0, INF, NAN):
         with pytest.raises(ValueError, match="factor must be positive and finite"):

@@ -42,8 +42,16 @@ def _strided_sum(x, y, out, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _copy_by_descriptor(x, out, n, DIM: tl.constexpr, TILE: tl.constexpr):
+    source = tl.make_tensor_descriptor(x, [n, DIM], [DIM, 1], [TILE, DIM])
+    target = tl.make_tensor_descriptor(out, [n, DIM], [DIM, 1], [TILE, DIM])
+    for start in range(0, n, TILE):
+        target.store([start, 0], source.load([start, 0]))
+
+
+@triton.jit
 def _helper(x):
-    return tl.exp2(x) + tl.log(x) + tl.rsqrt(x)
+    return tl.exp2(x) + tl.log(x) + tl.rsqrt(x) + tl.erf(x)
 
 
 @triton.jit
@@ -91,6 +99,16 @@ def test_atomics_count_as_load_and_store() -> None:
     assert work.stored == {"x": 0, "counter": 3 * 200, "ticket": 3 * 8, "other": 0}
 
 
+def test_descriptors_count_what_is_inside() -> None:
+    x = torch.randn(12, 16, dtype=torch.bfloat16)
+    out = torch.empty_like(x)
+    with WorkMeter(x=x, out=out) as work:
+        _copy_by_descriptor[(1,)](x, out, 12, 16, 8)
+    assert torch.equal(x, out)
+    assert work.loaded == {"x": 12 * 32, "out": 0, "other": 0}
+    assert work.stored == {"x": 0, "out": 12 * 32, "other": 0}
+
+
 def test_views_that_interleave_are_told_apart() -> None:
     packed = torch.ones(64, 3)
     x, y, unused = packed.unbind(1)
@@ -109,7 +127,7 @@ def test_transcendentals_are_counted_by_function() -> None:
     x, out = torch.ones(64), torch.empty(64)
     with WorkMeter() as work:
         _functions[(2,)](x, out, 64)
-    assert work.transcendentals == {"exp2": 2 * 65, "log": 128, "rsqrt": 128}
+    assert work.transcendentals == {"exp2": 2 * 65, "log": 128, "rsqrt": 128, "erf": 128}
 
 
 def test_meters_nest() -> None:
@@ -131,12 +149,10 @@ def test_meters_nest() -> None:
 def test_counting_ends_with_an_exception() -> None:
     x, out = torch.ones(64), torch.empty(64)
     with pytest.raises(IndexError), WorkMeter(x=x, out=out) as work:
-        _scale[(1,)](x, out[:0], 64, 2.0, 64)
-        _scale[(2,)](torch.ones(64), out, 65, 2.0, 64)
+        _scale[(2,)](x, out, 65, 2.0, 64)
     _scale[(1,)](x, out, 64, 2.0, 64)
-    # The second program's load was refused before it touched memory.
-    assert work.launches == 2
-    assert work.loaded["x"] == 256 and work.stored["out"] == 512
+    # The second program's load was refused, and so it counts nothing.
+    assert (work.launches, work.bytes_loaded, work.bytes_stored) == (1, 256, 256)
 
 
 def test_entering_twice_is_refused() -> None:
@@ -170,7 +186,7 @@ def test_says_what_it_counted() -> None:
         _functions[(20,)](x, out, 64)
     assert str(work) == (
         "launches 1; bytes loaded 5,120 (x 5,120); bytes stored 5,120 (other 5,120); "
-        "dots 0 (0 FLOPs); elements (exp2 1,300, log 1,280, rsqrt 1,280)"
+        "dots 0 (0 FLOPs); elements (exp2 1,300, log 1,280, rsqrt 1,280, erf 1,280)"
     )
 
 

@@ -18,7 +18,7 @@ is wrong in ways that tests would not show. :func:`repair` mends these:
 It refuses, with NotImplementedError, what it cannot mend: arithmetic on fp8, casts that overflow
 fp8, fp8e4b15, ``tl.dot_scaled``, atomics on bf16 and fp8, fma on fp64 before Triton 3.9.
 
-Importing this module imports neither Triton nor NumPy.
+Importing this module does not import Triton.
 """
 
 from __future__ import annotations

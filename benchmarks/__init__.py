@@ -1,0 +1,7 @@
+"""Measurements of fastattn beside its peers. Run from a checkout; not part of the package.
+
+| command | does |
+|---|---|
+| ``python -m benchmarks.gpu`` (``make gpu``) | parity and speed on a CUDA device, into one JSON |
+| ``python -m benchmarks.plots FILE.json`` | draws PNGs from such a file |
+"""

@@ -1,0 +1,106 @@
+"""The check before a time: an output against float64, by the 2x rule, on a part of it.
+
+The exact result of a whole batch would cost more than all measurements, so a few heads are taken,
+the first and the last of the tensor among them, and of a long sequence 1024 of its rows. All of the
+output must be finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, Inputs
+from fastattn import reference
+from fastattn.testing.tolerance import Comparison, compare
+
+
+class WrongResult(Exception):
+    """An output that breaks the rule; the message says how."""
+
+
+def sample_rows(count: int, most: int = 1024) -> list[int]:
+    """At most `most` of `count` rows: the first and last of them in one piece, others between."""
+    if count <= most:
+        return list(range(count))
+    edge = most // 4
+    between = most - 2 * edge
+    span = count - 2 * edge
+    middle = [edge + index * span // between for index in range(between)]
+    return [*range(edge), *middle, *range(count - edge, count)]
+
+
+def sample_heads(case: Case, most: int = 4) -> list[tuple[int, int]]:
+    """At most `most` pairs (sequence, head), spread from the first to the last."""
+    total = case.batch * case.num_heads
+    most = min(most, total)
+    flat = [index * (total - 1) // max(1, most - 1) for index in range(most)]
+    return [divmod(index, case.num_heads) for index in dict.fromkeys(flat)]
+
+
+class Oracle:
+    """Exact and plain torch results of parts of a case, computed once for all providers."""
+
+    def __init__(self, inputs: Inputs, *, most_rows: int = 1024, most_heads: int = 4) -> None:
+        self.shape = inputs.q.shape
+        self.dtype = inputs.q.dtype
+        self._parts: list[tuple[int, Tensor, int]] = []
+        exact: list[Tensor] = []
+        baseline: list[Tensor] = []
+        for batch, head in sample_heads(inputs.case, most_heads):
+            rows = sample_rows(inputs.case.rows[batch], most_rows)
+            if not rows:
+                continue
+            index = torch.tensor(rows, device=inputs.q.device)
+            self._parts.append((batch, index, head))
+            for results, dtype in ((exact, torch.float64), (baseline, self.dtype)):
+                results.append(_attend(inputs, batch, index, head, dtype))
+        self._exact, self._baseline = torch.cat(exact), torch.cat(baseline)
+
+    def check(self, out: Tensor) -> Comparison:
+        """Compares an output (batch, seqlen, num_heads, head_dim) by the rule.
+
+        Raises:
+            WrongResult: its shape, its dtype or its values are not right.
+        """
+        if out.shape != self.shape or out.dtype != self.dtype:
+            raise WrongResult(
+                f"expected {self.dtype} of shape {tuple(self.shape)}, got {out.dtype} of shape "
+                f"{tuple(out.shape)}"
+            )
+        pieces = [out[batch, rows, head] for batch, rows, head in self._parts]
+        comparison = compare(torch.cat(pieces), self._baseline, self._exact)
+        if not comparison.passed:
+            raise WrongResult(str(comparison))
+        if broken := int((~torch.isfinite(out)).sum()):
+            raise WrongResult(f"{broken} elements of the output are NaN or infinite")
+        return comparison
+
+
+def _attend(inputs: Inputs, batch: int, rows: Tensor, head: int, dtype: torch.dtype) -> Tensor:
+    """Rows of one head by the reference, (rows, head_dim)."""
+    case = inputs.case
+    head_kv = head * case.num_heads_kv // case.num_heads
+    keys = torch.arange(case.seqlen, device=rows.device)
+    visible = keys[None, :] < case.lengths[batch]
+    if case.causal:
+        visible = visible & (keys[None, :] <= rows[:, None])
+    bias = inputs.dense_bias
+    out = reference.attention(
+        inputs.q[batch, rows, head][None, :, None].to(dtype),
+        inputs.k[batch, :, head_kv][None, :, None].to(dtype),
+        inputs.v[batch, :, head_kv][None, :, None].to(dtype),
+        mask=visible,
+        bias=None if bias is None else bias[0, head, rows].to(dtype),
+    )
+    assert isinstance(out, Tensor)  # it was not asked for the log-sum-exp
+    return out[0, :, 0]
+
+
+def describe(comparison: Comparison) -> Iterator[tuple[str, float]]:
+    """What a row keeps of a comparison."""
+    yield "max_error", comparison.max_error
+    yield "allowed_max_error", comparison.allowed_max_error
+    yield "error_ratio", comparison.ratio

@@ -1,0 +1,159 @@
+"""From a case and a provider to a row: check, time, and set beside what the hardware can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import Oracle, describe
+from benchmarks.cases import Case, Inputs
+from benchmarks.parity import describe_error
+from benchmarks.pool import device_works
+from benchmarks.providers import Provider
+from benchmarks.timing import Timer, Timing
+
+Row = dict[str, Any]
+
+
+class DeviceLost(RuntimeError):
+    """The CUDA context is broken; nothing more can be measured in this process.
+
+    Attributes:
+        row: the row that was being measured, with its error.
+    """
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(f"the CUDA context was lost: {row['error']}")
+        self.row = row
+
+
+def timing_fields(timing: Timing) -> Row:
+    """A timing as fields of a row."""
+    return {
+        "ms": timing.median_ms,
+        "ms_p20": timing.p20_ms,
+        "ms_p80": timing.p80_ms,
+        "repetitions": timing.repetitions,
+        "method": timing.method,
+    }
+
+
+def speed_fields(case: Case, ms: float, ceilings: dict[str, float]) -> Row:
+    """TFLOP/s, GB/s, and the percentage of the ceiling that binds.
+
+    The floor is the larger of FLOPs over the matmul rate and bytes over the copy rate, both
+    measured in the same run (Williams et al., "Roofline", 2009).
+    """
+    row: Row = {"tflops": case.flops / ms / 1e9, "gb_per_s": case.bytes / ms / 1e6}
+    if ceilings:
+        compute_ms = case.flops / ceilings["matmul_tflops"] / 1e9
+        memory_ms = case.bytes / ceilings["copy_gb_per_s"] / 1e6
+        row["floor_ms"] = max(compute_ms, memory_ms)
+        row["bound"] = "compute" if compute_ms >= memory_ms else "memory"
+        row["percent_of_ceiling"] = 100 * row["floor_ms"] / ms
+    return row
+
+
+def measure(
+    head: Row,
+    case: Case,
+    provider: Provider,
+    inputs: list[Inputs],
+    oracle: Oracle,
+    timer: Timer,
+    ceilings: dict[str, float],
+) -> Row:
+    """`head` as a whole row. A provider that raises, or that is wrong, gets no time.
+
+    Raises:
+        DeviceLost: the provider took the CUDA context down.
+    """
+    row = {**head, **who_and_what(provider, case)}
+    if reason := provider.absent or provider.skip(case):
+        return {**row, "skipped": reason}
+    return guarded(
+        row, lambda: _check_and_time(case, provider.prepare, inputs, oracle, timer, ceilings)
+    )
+
+
+def who_and_what(provider: Provider, case: Case) -> Row:
+    """The fields that every row has."""
+    version = provider.version or None
+    return {"provider": provider.name, "version": version, "case": case.to_dict()}
+
+
+def _check_and_time(
+    case: Case,
+    prepare: Callable[[Inputs], Callable[[], Tensor]],
+    inputs: list[Inputs],
+    oracle: Oracle,
+    timer: Timer,
+    ceilings: dict[str, float],
+) -> Row:
+    runs = [prepare(own) for own in inputs]
+    parity = dict(describe(oracle.check(runs[0]())))
+    timing = timer(runs)
+    return {**parity, **timing_fields(timing), **speed_fields(case, timing.median_ms, ceilings)}
+
+
+def guarded(row: Row, work: Callable[[], Row]) -> Row:
+    """`row` with the fields of `work()`, or with the error that it raised.
+
+    Raises:
+        DeviceLost: the CUDA context did not survive it.
+    """
+    try:
+        return {**row, **work()}
+    except Exception as error:
+        row = {**row, "error": describe_error(error)}
+        if not device_works():
+            raise DeviceLost(row) from error
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        return row
+
+
+def rank(rows: Iterable[Row]) -> None:
+    """Adds to each timed row of one case how many times faster it is than the best peer."""
+    timed = [row for row in rows if "ms" in row]
+    peers = [row["ms"] for row in timed if not row["provider"].startswith("fastattn")]
+    for row in timed if peers else []:
+        row["ratio_to_best_peer"] = min(peers) / row["ms"]
+
+
+def measure_ceilings(
+    device: torch.device, timer: Timer, copy_bytes: int, matmul_size: int
+) -> tuple[dict[str, float], list[Row]]:
+    """The copy and the bf16 matmul rate of this device now: {"copy_gb_per_s", "matmul_tflops"}."""
+    if device.type == "cuda":
+        copy_bytes = min(copy_bytes, torch.cuda.mem_get_info(device)[0] // 4)
+    moved, copy = _time_copy(device, timer, copy_bytes)
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (matmul_size, matmul_size)
+    left, right = (
+        torch.randn(shape, generator=generator, device=device).to(torch.bfloat16) for _ in range(2)
+    )
+    out = torch.empty_like(left)
+    matmul = timer([lambda: torch.mm(left, right, out=out)])
+    ceilings = {
+        "copy_gb_per_s": moved / copy.median_ms / 1e6,
+        "matmul_tflops": 2.0 * matmul_size**3 / matmul.median_ms / 1e9,
+    }
+    rows: list[Row] = [
+        {"provider": f"copy of {moved / 2 / 2**20:.0f} MiB", "gb_per_s": ceilings["copy_gb_per_s"]},
+        {"provider": f"bf16 matmul of {matmul_size}", "tflops": ceilings["matmul_tflops"]},
+    ]
+    for row, timing in zip(rows, (copy, matmul), strict=True):
+        row |= timing_fields(timing)
+    return ceilings, rows
+
+
+def _time_copy(device: torch.device, timer: Timer, size: int) -> tuple[float, Timing]:
+    """Bytes read and written by a copy of `size` bytes, and its time."""
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    timing = timer([lambda: target.copy_(source)])
+    return 2.0 * source.numel() * 4, timing

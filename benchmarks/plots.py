@@ -1,0 +1,190 @@
+"""Draws a results file, apart from measuring it: `python -m benchmarks.plots FILE.json`.
+
+Writes, beside the file or into `--folder`:
+    <name>-forward.png   sequence length against TFLOP/s, a line a provider, 20th to 80th percentile
+    <name>-sweep.png     TFLOP/s of every tile of the sweep, today's tile marked
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.parity import show_config
+
+Row = dict[str, Any]
+Panel = tuple[int, bool]  # head_dim, causal
+
+# Okabe and Ito's palette, told apart by colour-blind readers too; black is fastattn's.
+_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#999999", "#F0E442")
+_MARKERS = "osD^vPX*"
+
+
+def panels(rows: Iterable[Row], stage: str) -> dict[Panel, list[Row]]:
+    """Timed rows of a stage by head_dim and causal, in that order."""
+    found: dict[Panel, list[Row]] = {}
+    for row in rows:
+        if row["stage"] == stage and "ms" in row and "case" in row:
+            found.setdefault((row["case"]["head_dim"], row["case"]["causal"]), []).append(row)
+    return dict(sorted(found.items()))
+
+
+def lines(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by provider, each from short to long sequences."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["case"]["seqlen"]):
+        found.setdefault(row["provider"], []).append(row)
+    return found
+
+
+def title(document: Row) -> str:
+    """Where and when the numbers are from, and with what."""
+    environment = document["environment"]
+    parts = [environment["device"], f"torch {environment['torch']}"]
+    parts += [f"triton {environment['triton']}"] if environment.get("triton") else []
+    parts += [f"commit {environment['commit']}"] if environment.get("commit") else []
+    return ", ".join([*parts, environment["date"][:10]])
+
+
+def draw_forward(document: Row) -> Any:
+    """A figure with a panel a head_dim and mask, or None where there is nothing to draw."""
+    found = panels(document["rows"], "forward")
+    if not found:
+        return None
+    figure, axes = _grid(len(found), document, "attention forward")
+    names = dict.fromkeys(row["provider"] for rows in found.values() for row in rows)
+    peers = [name for name in names if not name.startswith("fastattn")]
+    ceiling = document["ceilings"].get("matmul_tflops")
+    for axis, ((head_dim, causal), rows) in zip(axes, found.items(), strict=True):
+        for name, own in lines(rows).items():
+            _draw_line(axis, name, own, peers)
+        if ceiling:
+            axis.axhline(ceiling, color="0.6", linestyle="--", linewidth=1, label="bf16 matmul")
+        seqlens = sorted({row["case"]["seqlen"] for row in rows})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(seqlens, [_thousands(seqlen) for seqlen in seqlens])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        dtype = rows[0]["case"]["dtype"]
+        axis.set_title(f"{dtype}, head_dim {head_dim}, {'causal' if causal else 'bidirectional'}")
+        axis.set_xlabel("sequence length")
+        axis.set_ylabel("TFLOP/s")
+    _legend(figure, axes)
+    return figure
+
+
+def _draw_line(axis: Any, name: str, rows: list[Row], peers: list[str]) -> None:
+    style: Row = {"color": "black", "linewidth": 2.5, "zorder": 3, "marker": "o"}
+    if name in peers:
+        place = peers.index(name)
+        style = {
+            "color": _COLORS[place % len(_COLORS)],
+            "linewidth": 1.5,
+            "marker": _MARKERS[place % len(_MARKERS)],
+        }
+    x = [row["case"]["seqlen"] for row in rows]
+    axis.plot(x, [row["tflops"] for row in rows], label=name, markersize=5, **style)
+    # Long times are low rates: the 80th percentile of time is the lower edge.
+    low, high = (
+        [row["case"]["flops"] / row[key] / 1e9 for row in rows] for key in ("ms_p80", "ms_p20")
+    )
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def draw_sweep(document: Row) -> Any:
+    """A figure with a panel a head_dim and mask: a row a tile, best on top; None without rows."""
+    found = panels(document["rows"], "sweep")
+    if not found:
+        return None
+    most = max(len({tuple(row["tile"]) for row in rows}) for rows in found.values())
+    figure, axes = _grid(len(found), document, "sweep of tiles", height=1.2 + 0.22 * most)
+    seqlens = sorted({row["case"]["seqlen"] for rows in found.values() for row in rows})
+    for axis, ((head_dim, causal), rows) in zip(axes, found.items(), strict=True):
+        best: dict[tuple[int, ...], float] = {}
+        for row in rows:
+            tile = tuple(row["tile"])
+            best[tile] = max(best.get(tile, 0.0), row["tflops"])
+        order = sorted(best, key=lambda tile: best[tile])
+        current = {tuple(row["tile"]) for row in rows if row["current"]}
+        for place, seqlen in enumerate(seqlens):
+            own = [row for row in rows if row["case"]["seqlen"] == seqlen]
+            axis.scatter(
+                [row["tflops"] for row in own],
+                [order.index(tuple(row["tile"])) for row in own],
+                color=_COLORS[place % len(_COLORS)],
+                marker=_MARKERS[place % len(_MARKERS)],
+                label=f"N={_thousands(seqlen)}",
+            )
+        names = [show_config(tile) + (" (today)" if tile in current else "") for tile in order]
+        axis.set_yticks(range(len(order)), names, fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_xlim(left=0)
+        axis.set_title(f"head_dim {head_dim}, {'causal' if causal else 'bidirectional'}")
+        axis.set_xlabel("TFLOP/s")
+    _legend(figure, axes)
+    return figure
+
+
+def _grid(count: int, document: Row, what: str, height: float = 3.6) -> tuple[Any, list[Any]]:
+    """A figure of two columns, with its axes."""
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+
+    columns = min(2, count)
+    rows = -(-count // columns)
+    size = (6.0 * columns, height * rows + 1.2)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in axes[count:]:
+        spare.remove()
+    figure.suptitle(f"{what}\n{title(document)}", fontsize=11)
+    return figure, axes[:count]
+
+
+def _legend(figure: Any, axes: Sequence[Any]) -> None:
+    """One legend below all panels."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles))
+    )
+
+
+def _thousands(number: int) -> str:
+    return f"{number // 1024}k" if number % 1024 == 0 else str(number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draws the file named on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("file", type=Path, help="a file that `make gpu` wrote")
+    parser.add_argument("--folder", type=Path, help="where the PNGs go; default: beside the file")
+    options = parser.parse_args(arguments)
+    try:
+        document = json.loads(options.file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        print(f"{options.file}: {error}", file=sys.stderr)
+        return 2
+    folder = options.folder or options.file.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = 0
+    for name, draw in (("forward", draw_forward), ("sweep", draw_sweep)):
+        figure = draw(document)
+        if figure is not None:
+            path = folder / f"{options.file.stem}-{name}.png"
+            figure.savefig(path, dpi=150)
+            print(path)
+            drawn += 1
+    if not drawn:
+        print(f"{options.file} has no timed rows to draw", file=sys.stderr)
+    return 0 if drawn else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

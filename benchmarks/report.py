@@ -1,0 +1,205 @@
+"""Tables from a results document: plain text, or rich's where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.parity import show_config
+
+Row = dict[str, Any]
+RATIO = "vs best peer"
+
+
+def show_row(row: Row) -> str:
+    """One line about a row."""
+    where = row["case"]["label"] if "case" in row else ""
+    text = f"{where:<28} {row['provider']:<22}"
+    if "ms" not in row:
+        return f"{text} {'skipped: ' + row['skipped'] if 'skipped' in row else row['error']}"
+    text += f" {row['ms']:9.4f} ms"
+    for name, unit in (("tflops", "TFLOP/s"), ("gb_per_s", "GB/s"), ("percent_of_ceiling", "%")):
+        text += f" {row[name]:7.1f} {unit}" if name in row else ""
+    return text
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, names of columns, and cells as text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __str__(self) -> str:
+        lines = [list(self.columns), *map(list, self.rows)]
+        widths = [max(len(line[place]) for line in lines) for place in range(len(self.columns))]
+        text = [
+            "  ".join(
+                cell.ljust(width) if place == 0 else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([self.title, text[0], "-" * len(text[0]), *text[1:]])
+
+
+def tables(document: Row) -> list[Table]:
+    """All tables of a document that have rows."""
+    rows = document["rows"]
+    found = [
+        _checks(rows),
+        *_speeds(rows),
+        _overhead(rows),
+        _best_tiles(document["summary"].get("best_tiles", [])),
+        _errors(rows),
+        _stages(document["stages"]),
+    ]
+    return [table for table in found if table.rows]
+
+
+def _checks(rows: Iterable[Row]) -> Table:
+    counts: dict[tuple[str, str, str], list[bool]] = {}
+    for row in rows:
+        if "check" in row:
+            key = (row["stage"], row["check"], row["dtype"])
+            counts.setdefault(key, []).append(row["passed"])
+    cells = [[*key, str(sum(passed)), str(len(passed))] for key, passed in counts.items()]
+    return Table("Checks", ["stage", "what", "dtype", "right", "of"], cells)
+
+
+def _speeds(rows: Iterable[Row]) -> Iterable[Table]:
+    """A table a stage: a line a case, a column a provider, and how fastattn compares."""
+    for stage in ("forward", "features"):
+        by_case: dict[str, dict[str, Row]] = {}
+        names: dict[str, None] = {}
+        for row in rows:
+            if row["stage"] == stage and "case" in row:
+                by_case.setdefault(row["case"]["label"], {})[row["provider"]] = row
+                names[row["provider"]] = None
+        cells = []
+        for label in sorted(by_case, key=lambda label: _order(by_case[label])):
+            own = by_case[label].get("fastattn", {})
+            cells.append(
+                [
+                    label,
+                    *(_speed(by_case[label].get(name)) for name in names),
+                    _number(own.get("percent_of_ceiling"), "{:.0f}%"),
+                    _number(own.get("ratio_to_best_peer"), "{:.2f}x"),
+                ]
+            )
+        title = f"{stage}: TFLOP/s (batch x seqlen, heads x head_dim)"
+        yield Table(title, ["case", *names, "of ceiling", RATIO], cells)
+
+
+def _order(rows: dict[str, Row]) -> tuple[Any, ...]:
+    case = next(iter(rows.values()))["case"]
+    return (case["feature"], case["head_dim"], case["causal"], case["seqlen"])
+
+
+def _speed(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if "error" in row:
+        return "error"
+    return f"{row['tflops']:.0f}" if "tflops" in row else "-"
+
+
+def _number(value: Any, form: str) -> str:
+    return form.format(value) if isinstance(value, (int, float)) else ""
+
+
+def _overhead(rows: Iterable[Row]) -> Table:
+    cells = [
+        [
+            row["provider"],
+            _number(row["ms"] * 1e3, "{:.1f}"),
+            _number(row["ms_p80"] * 1e3, "{:.1f}"),
+        ]
+        for row in rows
+        if row["stage"] == "overhead" and "ms" in row
+    ]
+    return Table("Host time of one call", ["who", "us", "us, p80"], cells)
+
+
+def _best_tiles(found: Iterable[Row]) -> Table:
+    cells = []
+    for best in found:
+        speeds = []
+        for seqlen, speed in best["tflops"].items():
+            today = _number(best["current_tflops"].get(seqlen), "{:.0f}") or "-"
+            speeds.append(f"N={seqlen}: {speed:.0f}/{today}")
+        current = best["current_tile"]
+        cells.append(
+            [
+                f"{best['chip']} D{best['head_dim']}{' causal' if best['causal'] else ''}",
+                show_config(best["tile"]),
+                show_config(current) if current else "none",
+                _number(best["speedup_over_current"], "{:.3f}x"),
+                ", ".join(speeds),
+            ]
+        )
+    title = "Best tiles of the sweep (block_m x block_n, warps, stages)"
+    return Table(title, ["for", "best", "today", "gain", "TFLOP/s, best/today"], cells)
+
+
+def _errors(rows: Iterable[Row]) -> Table:
+    """Errors that are alike once, with how often they came."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        if "error" in row:
+            first = row["error"].strip().splitlines()[0][:110] if row["error"].strip() else "?"
+            what = row.get("provider") or row.get("name", "")
+            counts[(row["stage"], what, first)] = counts.get((row["stage"], what, first), 0) + 1
+    cells = [[stage, what, str(count), text] for (stage, what, text), count in counts.items()]
+    return Table("Errors", ["stage", "who", "times", "error"], cells)
+
+
+def _stages(stages: dict[str, Row]) -> Table:
+    cells = [
+        [
+            name,
+            stage["status"],
+            _number(stage.get("seconds"), "{:.0f}"),
+            _number(stage["budget_seconds"], "{:.0f}"),
+            str(stage.get("not_reached", "")),
+        ]
+        for name, stage in stages.items()
+    ]
+    return Table("Stages", ["stage", "status", "s", "budget s", "not reached"], cells)
+
+
+def print_tables(found: Iterable[Table], *, plain: bool = False) -> None:
+    """Prints tables, with colours where rich is installed."""
+    try:
+        if plain:
+            raise ImportError
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+    except ImportError:
+        for table in found:
+            print(f"\n{table}")
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    for table in found:
+        shown = RichTable(title=table.title, title_justify="left")
+        for place, name in enumerate(table.columns):
+            shown.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
+        for cells in table.rows:
+            shown.add_row(
+                *(
+                    Text(cell, style=_style(name, cell))
+                    for name, cell in zip(table.columns, cells, strict=True)
+                )
+            )
+        console.print(shown)
+
+
+def _style(column: str, cell: str) -> str:
+    if column == RATIO and cell:
+        return "green" if float(cell.removesuffix("x")) >= 1 else "red"
+    return "red" if cell in ("error", "failed") else ""

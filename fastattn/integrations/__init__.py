@@ -1,0 +1,1 @@
+"""fastattn inside other libraries: one module each, which imports that library."""

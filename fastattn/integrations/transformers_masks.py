@@ -1,0 +1,286 @@
+"""The mask function for transformers: padding and windows as values instead of a 4-D mask.
+
+A model asks once per forward pass for the mask of each kind of layer. The stock answer is a bool
+tensor (batch, 1, queries, keys). Here it is a `LazyMask`: the same tensor to whoever operates on
+it, and the lengths and windows behind it to fastattn. Patterns that are not recognized (packed
+sequences, chunks, image blocks, a user's own) are answered with the exact 4-D tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+from transformers.utils.import_utils import is_tracing
+
+from fastattn import masks
+from fastattn.masks import Causal, DenseMask, Lengths, Mask, Window
+
+# Encoders whose bidirectional masks are of self-attention only: query rows that are padding may be
+# left out. Elsewhere such a mask may be that of a cross-attention with as many queries as keys.
+_ENCODERS = frozenset(
+    {
+        "albert", "bert", "camembert", "distilbert", "electra", "modernbert", "roberta",
+        "xlm-roberta", "xlm-roberta-xl",
+    }
+)  # fmt: skip
+
+# What may be asked of a LazyMask without building it.
+_METADATA = frozenset(
+    getter.__get__
+    for getter in (
+        Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.layout, Tensor.is_cuda,
+        Tensor.is_cpu, Tensor.is_meta, Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf,
+    )
+) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}  # fmt: skip
+
+
+class LazyMask(Tensor):
+    """A mask value that poses as the bool tensor (batch, 1, queries, keys), True = attend.
+
+    fastattn takes `structure`. Any other operation builds the exact tensor and works on that; from
+    then on fastattn takes the tensor too, since the model may have written into it.
+
+    Attributes:
+        structure: the mask as a value.
+        visible: bool (batch, keys), which keys are no padding; None if all.
+        keys_within_bounds: sum over the batch of keys between first and last visible one, or -1
+            where it was not read (on a GPU that would wait for the device).
+    """
+
+    structure: Mask
+    visible: Tensor | None
+    keys_within_bounds: int
+    _windows: tuple[Window, ...]
+    _built: Tensor | None
+    _touched: bool
+
+    def __new__(
+        cls,
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        windows: tuple[Window, ...],
+        visible: Tensor | None,
+        queries_are_keys: bool,
+    ) -> LazyMask:
+        """A mask from windows and visible keys (batch, keys).
+
+        `queries_are_keys` says that query row i is key i: rows of padding at the end are dropped.
+        """
+        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask._windows, mask.visible = windows, visible
+        mask._built, mask._touched = None, False
+        mask.keys_within_bounds = -1
+        parts: tuple[Mask, ...] = windows
+        if visible is not None:
+            lengths, has_holes, mask.keys_within_bounds = _lengths(visible, queries_are_keys)
+            parts += (lengths, DenseMask(visible[:, None, None, :])) if has_holes else (lengths,)
+        mask.structure = masks.join(*parts)
+        return mask
+
+    @property
+    def touched(self) -> bool:
+        """Whether anything but fastattn has seen the tensor, which it may have changed."""
+        return self._touched
+
+    def built(self) -> Tensor:
+        """The plain tensor (batch, 1, queries, keys), built on first use."""
+        if self._built is None:
+            batch, _, seqlen_q, seqlen_k = self.shape
+            dense = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+            for window in self._windows:
+                dense = dense & window.dense(seqlen_q, seqlen_k, self.device)
+            if self.visible is not None:
+                dense = dense & self.visible[:, None, None, :]
+            self._built = dense.expand(batch, 1, seqlen_q, seqlen_k)
+        return self._built
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"LazyMask(shape={tuple(self.shape)}, {type(self.structure).__name__})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return func(*_unwrap(args), **_unwrap(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        return func(*_unwrap(args), **_unwrap(kwargs or {}))
+
+
+def _unwrap(tree: Any) -> Any:
+    def unwrap(leaf: Any) -> Any:
+        if not isinstance(leaf, LazyMask):
+            return leaf
+        if not leaf._touched:
+            # Views of the tensor may be written into: it gets memory of its own for every element.
+            leaf._built, leaf._touched = leaf.built().contiguous(), True
+        return leaf._built
+
+    return torch.utils._pytree.tree_map(unwrap, tree)
+
+
+def _lengths(visible: Tensor, queries_are_keys: bool) -> tuple[Lengths, bool, int]:
+    """Bounds of the visible keys; whether keys between them may be hidden; keys within bounds."""
+    size = visible.shape[1]
+    position = torch.arange(1, size + 1, device=visible.device, dtype=torch.int32)
+    ends = (visible * position).amax(1)
+    starts = size - (visible * position.flip(0)).amax(1)
+    readable = visible.device.type == "cpu"
+    has_holes, within, left_padded = True, -1, True
+    if readable:
+        within = int((ends - starts).clamp(min=0).sum())
+        has_holes = within != int(visible.sum())
+        left_padded = bool((starts[ends > 0] > 0).any())
+    rows = None
+    if queries_are_keys:
+        # Lengths has no first row: with padding on the left all rows are computed.
+        rows = torch.where(starts > 0, size, ends) if left_padded else ends
+    lengths = Lengths(ends, starts_k=starts if left_padded else None, seqlens_q=rows)
+    return lengths, has_holes, within
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function registered as "fastattn"; arguments as transformers' `sdpa_mask`.
+
+    Returns:
+        None where `attention_forward` needs no mask: it is causal (last query with last key) if
+        the module is. Else a `LazyMask`, or the exact bool tensor (batch, 1, q_length, kv_length).
+    """
+
+    def exact() -> Tensor:
+        return masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+
+    tracing = torch.compiler.is_compiling() or is_tracing(attention_mask)
+    windows = _windows_of(mask_function, by_closure=not tracing)
+    if windows is None or (windows and not _is_aligned(q_length, kv_length, q_offset, kv_offset)):
+        return exact()
+    padding = attention_mask
+    if padding is not None and (padding.dim() != 2 or padding.shape[0] != batch_size):
+        return exact()
+    if padding is not None:
+        if (missing := kv_length + kv_offset - padding.shape[1]) > 0:
+            padding = torch.nn.functional.pad(padding, (0, missing))
+        padding = padding[:, kv_offset : kv_offset + kv_length].to(device, torch.bool)
+        if not tracing and padding.device.type == "cpu" and bool(padding.all()):
+            padding = None
+
+    is_causal = any(isinstance(window, Causal) for window in windows)
+    skip = allow_is_causal_skip if is_causal else allow_is_bidirectional_skip
+    windows = tuple(window for window in windows if _cuts(window, q_length, kv_length))
+    if padding is None and skip and all(isinstance(window, Causal) for window in windows):
+        return None
+    if tracing:
+        # A graph gets plain tensors. This one has no memory of its own along the queries.
+        if windows or padding is None:
+            return exact()
+        return padding[:, None, None, :].expand(batch_size, 1, q_length, kv_length)
+    if not windows and padding is None:
+        return exact()
+    self_attention = is_causal or _is_encoder(kwargs.get("config"))
+    return LazyMask(
+        (batch_size, 1, q_length, kv_length),
+        torch.device(device),
+        windows,
+        padding,
+        queries_are_keys=self_attention and q_length == kv_length,
+    )
+
+
+def _is_aligned(
+    q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int | Tensor
+) -> bool:
+    """Whether the last query stands at the last key, as in fastattn's positional masks.
+
+    Not so in a static cache, whose keys run on past the queries, and whose offset is a tensor.
+    """
+    if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor):
+        return False
+    return q_offset + q_length == kv_offset + kv_length
+
+
+def _cuts(window: Window, seqlen_q: int, seqlen_k: int) -> bool:
+    """Whether a window hides any key of this problem."""
+    right = window.right is not None and seqlen_q > 1 + window.right
+    return right or (window.left is not None and seqlen_k > 1 + window.left)
+
+
+def _is_encoder(config: Any) -> bool:
+    if getattr(config, "model_type", None) not in _ENCODERS:
+        return False
+    return not getattr(config, "is_decoder", False) and not getattr(
+        config, "add_cross_attention", False
+    )
+
+
+def _code(function: Any) -> CodeType | None:
+    return getattr(function, "__code__", None)
+
+
+# Mask functions of transformers that are closures are known by the code they share.
+_AND = _code(masking_utils.and_masks(masking_utils.causal_mask_function))
+_SLIDING = _code(masking_utils.sliding_window_overlay(1))
+_SLIDING_BOTH_WAYS = _code(masking_utils.sliding_window_bidirectional_overlay(1))
+
+
+def _windows_of(mask_function: Callable, by_closure: bool = True) -> tuple[Window, ...] | None:
+    """The windows that together are `mask_function`; () shows all keys, None is "not known".
+
+    Without `by_closure`, only the plain causal and bidirectional functions are told.
+    """
+    if mask_function is masking_utils.causal_mask_function:
+        return (Causal(),)
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return ()
+    if not by_closure:
+        return None
+    code = _code(mask_function)
+    if code is None or mask_function.__closure__ is None:
+        return None
+    cells = (cell.cell_contents for cell in mask_function.__closure__)
+    variables = dict(zip(code.co_freevars, cells, strict=True))
+    if code is _SLIDING:
+        return (Window(variables["sliding_window"] - 1, None),)
+    if code is _SLIDING_BOTH_WAYS:
+        return (Window(variables["sliding_window"], variables["sliding_window"]),)
+    if code is _AND:
+        parts = [_windows_of(part) for part in variables["mask_functions"]]
+        known = [part for part in parts if part is not None]
+        return sum(known, ()) if len(known) == len(parts) else None
+    return None

@@ -1,0 +1,45 @@
+"""What dispatch can select on an H100 is compiled here: tensor cores, no spill, shared memory."""
+
+from __future__ import annotations
+
+import torch
+
+from fastattn.kernels.attention.config import (
+    FLOAT32_CONFIGS,
+    FORWARD_CANDIDATES,
+    HALF_CONFIGS,
+    select_forward_config,
+    tiles,
+)
+from fastattn.testing.compile_report import TARGETS, compile_report
+
+
+def test_hopper_kernels_use_wgmma_and_do_not_spill() -> None:
+    rows = compile_report(["sm_90"], case=["bfloat16 D64", "bfloat16 D128"])
+    forward = [row for row in rows if row.kernel == "attention_forward"]
+    assert {"bidirectional", "causal", "T5 bias"} <= {row.case.split(" ", 2)[2] for row in forward}
+    for row in rows:
+        assert row.ok, row
+        assert row.spilled_bytes == 0, row
+        assert row.shared_bytes <= TARGETS["sm_90"].shared_limit, row
+    for row in forward:
+        assert any("GMMA" in name for name, _ in row.tensor_cores), row
+
+
+def test_every_chip_has_tiles_for_every_head_dim() -> None:
+    assert set(HALF_CONFIGS) == set(TARGETS)
+    for chip in HALF_CONFIGS:
+        for head_dim in (16, 40, 64, 65, 128, 160, 256):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                chosen = tiles(chip, head_dim, dtype)
+                for num_modifiers, expected in ((0, chosen.plain), (1, chosen.modified)):
+                    config = select_forward_config(chip, head_dim, dtype, 4096, num_modifiers)
+                    assert config == expected
+                few_rows = select_forward_config(chip, head_dim, dtype, 64, 0)
+                assert few_rows.block_m <= 64
+
+
+def test_candidates_hold_the_selected_tiles_of_hopper() -> None:
+    selected = {tile for row in HALF_CONFIGS["sm_90"].values() for tile in (row.plain,)}
+    assert {tile for tile in selected if tile.block_n >= 64} <= set(FORWARD_CANDIDATES)
+    assert FLOAT32_CONFIGS.keys() == HALF_CONFIGS["sm_90"].keys()
