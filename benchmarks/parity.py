@@ -18,6 +18,7 @@ from benchmarks.accuracy import WrongResult, describe
 from fastattn import reference
 from fastattn.problem import make_problem
 from fastattn.testing.inputs import make_qkv, poison
+from fastattn.testing.interpreter import is_interpreting, repair
 from fastattn.testing.tolerance import compare
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -138,6 +139,8 @@ def run_config(task: ConfigCheck, device: torch.device) -> dict[str, Any]:
     Raises:
         WrongResult: the rule is broken.
     """
+    if is_interpreting():
+        repair()  # before the kernels are defined
     from fastattn.kernels.attention import Modifiers, launch_attention_forward
     from fastattn.kernels.attention.config import ForwardConfig
 

@@ -12,12 +12,18 @@ Row = dict[str, Any]
 RATIO = "vs best peer"
 
 
+def first_line(error: str, most: int = 110) -> str:
+    """The first line of an error, cut to a length that a table bears."""
+    line = error.strip().partition("\n")[0]
+    return line if len(line) <= most else line[:most] + " ..."
+
+
 def show_row(row: Row) -> str:
     """One line about a row."""
     where = row["case"]["label"] if "case" in row else ""
     text = f"{where:<28} {row['provider']:<22}"
     if "ms" not in row:
-        return f"{text} {'skipped: ' + row['skipped'] if 'skipped' in row else row['error']}"
+        return f"{text} {first_line(row['error']) if 'error' in row else row['skipped']}"
     text += f" {row['ms']:9.4f} ms"
     for name, unit in (("tflops", "TFLOP/s"), ("gb_per_s", "GB/s"), ("percent_of_ceiling", "%")):
         text += f" {row[name]:7.1f} {unit}" if name in row else ""
@@ -37,12 +43,18 @@ class Table:
         widths = [max(len(line[place]) for line in lines) for place in range(len(self.columns))]
         text = [
             "  ".join(
-                cell.ljust(width) if place == 0 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+                cell.ljust(width) if _is_text(place, name) else cell.rjust(width)
+                for place, (cell, width, name) in enumerate(
+                    zip(line, widths, self.columns, strict=True)
+                )
             ).rstrip()
             for line in lines
         ]
         return "\n".join([self.title, text[0], "-" * len(text[0]), *text[1:]])
+
+
+def _is_text(place: int, name: str) -> bool:
+    return place == 0 or name in ("who", "what", "error")
 
 
 def tables(document: Row) -> list[Table]:
@@ -149,7 +161,7 @@ def _errors(rows: Iterable[Row]) -> Table:
     counts: dict[tuple[str, str, str], int] = {}
     for row in rows:
         if "error" in row:
-            first = row["error"].strip().splitlines()[0][:110] if row["error"].strip() else "?"
+            first = first_line(row["error"])
             what = row.get("provider") or row.get("name", "")
             counts[(row["stage"], what, first)] = counts.get((row["stage"], what, first), 0) + 1
     cells = [[stage, what, str(count), text] for (stage, what, text), count in counts.items()]
@@ -188,7 +200,8 @@ def print_tables(found: Iterable[Table], *, plain: bool = False) -> None:
     for table in found:
         shown = RichTable(title=table.title, title_justify="left")
         for place, name in enumerate(table.columns):
-            shown.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
+            left = _is_text(place, name)
+            shown.add_column(name, justify="left" if left else "right", overflow="fold")
         for cells in table.rows:
             shown.add_row(
                 *(

@@ -154,9 +154,10 @@ def read_smi(fields: list[str], device: Any, run: Callable[..., str]) -> dict[st
 
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    if uuid is not None:
-        command.append(f"--id=GPU-{uuid}")
-    values = [value.strip() for value in run(*command).splitlines()[:1]]
+    # The device that torch uses need not be nvidia-smi's first; without its name, take the first.
+    chosen = [] if uuid is None else [f"--id=GPU-{str(uuid).removeprefix('GPU-')}"]
+    text = run(*command, *chosen) or run(*command)
+    values = text.splitlines()[:1]
     parts = [part.strip() for part in values[0].split(",")] if values else []
     return dict(zip(fields, parts, strict=True)) if len(parts) == len(fields) else {}
 

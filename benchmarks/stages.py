@@ -27,7 +27,7 @@ from benchmarks.plan import Plan, stage_seconds
 from benchmarks.pool import PoolUnavailable, device_works, run_here, run_tasks
 from benchmarks.progress import Progress
 from benchmarks.providers import Provider, fastattn_provider
-from benchmarks.report import show_row
+from benchmarks.report import first_line, show_row
 from benchmarks.results import Results
 from benchmarks.sweep import best_tiles, candidate_checks, candidates, tile_provider
 from benchmarks.timing import Run, Timer, input_sets
@@ -82,7 +82,7 @@ def run_checks(
             **result,
         }
         bench.results.add(row)
-        verdict = "ok" if row["passed"] else f"FAILED: {result['error']}"
+        verdict = "ok" if row["passed"] else f"FAILED: {first_line(result['error'])}"
         bench.progress.row(f"{len(seen)}/{len(tasks)} {task}: {verdict}", row["passed"])
         on_row(task, row)
 
@@ -257,7 +257,7 @@ def run_plan(bench: Bench) -> bool:
         except Exception as error:
             noted |= {"status": "failed", "error": describe_error(error)}
             bench.failures.append(f"stage {stage}: {describe_error(error)}")
-            bench.progress.line(f"stage {stage} failed: {describe_error(error)}")
+            bench.progress.line(f"stage {stage} failed: {first_line(describe_error(error))}")
             if isinstance(error, DeviceLost):
                 bench.results.add(error.row)
             if not device_works():

@@ -18,6 +18,12 @@ from fastattn.problem import AttentionProblem
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     """Why SDPA cannot serve a problem; empty if it can."""
     reasons = []
+    if problem.softmax_scale <= 0:
+        # It takes the scale's square root, or scales a causal mask's -inf.
+        reasons.append(
+            "torch's scaled_dot_product_attention gives NaN where softmax_scale is not positive "
+            f"({problem.softmax_scale})"
+        )
     if problem.softcap > 0:
         reasons.append("softcap is not in torch's scaled_dot_product_attention")
     if problem.sinks is not None:

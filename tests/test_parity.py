@@ -1,4 +1,4 @@
-"""Accuracy of every feature, by the table and the rule of `fastattn verify`; and of the spec itself."""
+"""Accuracy of every feature, by the table and rule of `fastattn verify`; and of the reference."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ def test_same_inputs_give_the_same_bits(device: str) -> None:
     assert torch.equal(runs[0][1], runs[1][1])
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy, about rows that are then dropped
 def test_what_lies_in_the_padding_is_never_seen(device: str) -> None:
     q, k, v = make_qkv(2, 100, 100, 2, head_dim=32, device=device)
     mask = Lengths(
@@ -180,7 +181,7 @@ OFFSETS = {
     "rows": ((1, 150, 1, 16), (0, 2**24, 16, 1)),
     # within one tile: the wide path
     "rows of a tile": ((1, 70, 1, 16), (0, 2**25 + 8, 16, 1)),
-    "dim": ((1, 70, 1, 16), (0, 1, 70, 2**27 + 8)),
+    "dim": ((1, 70, 1, 16), (0, 1, 70, 2**31 // 15 + 8)),
 }
 
 
@@ -207,11 +208,14 @@ def test_offsets_beyond_int32(where: str, which: str, device: str) -> None:
         assert torch.equal(weights, near_weights)
 
 
-@pytest.mark.parametrize("axis", ["batch", "rows of a tile"])
-def test_bias_offsets_beyond_int32(axis: str, device: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((2, 1, 70, 40), (2**31 + 8, 0, 40, 1)), ((1, 1, 70, 40), (0, 0, 2**25 + 8, 1))],
+    ids=["batch", "rows of a tile"],
+)
+def test_bias_offsets_beyond_int32(shape: Any, strides: Any, device: str) -> None:
     q, k, v = make_qkv(2, 70, 40, 1, head_dim=16, dtype=torch.float16, device=device)
-    strides = (2**31 + 8, 0, 40, 1) if axis == "batch" else (0, 0, 2**25 + 8, 1)
-    bias = _spread((2, 1, 70, 40), strides, device)
+    bias = _spread(shape, strides, device)
     out = fastattn.attention(q, k, v, bias=bias, impl="triton")
     near = fastattn.attention(q, k, v, bias=bias.contiguous(), impl="triton")
     assert torch.equal(out, near)

@@ -55,9 +55,11 @@ NAME = "fastattn"
 # it counts on the attention function to use them.
 _UNSERVED = ("head_mask", "layer_head_mask", "indices", "block_indices", "cache")
 
-# On CPU a padded batch is computed sequence by sequence. That costs a call each, which it must save
-# in products first: about 25 us, in floating-point operations of two cores.
-_FLOPS_PER_SEQUENCE = 2e6
+# On CPU a padded batch is computed sequence by sequence. That costs a call each, with windows also a
+# mask each, and must save more than that: 55 and 180 us measured, in floating-point operations of
+# one thread of the slower kind (55 GFLOP/s).
+_FLOPS_PER_SEQUENCE = 3e6
+_FLOPS_PER_WINDOWED_SEQUENCE = 10e6
 
 _impl = "auto"
 
@@ -197,16 +199,17 @@ def _compiling() -> bool:
 
 def _from_lazy(lazy: LazyMask, q: Tensor, k: Tensor, v: Tensor, whole_rows: bool) -> Mask:
     """The mask to compute with: the structure, or the tensor where that is faster or needed."""
-    batch, _, seqlen_q, seqlen_k = lazy.shape
+    batch, _, seqlen_q, seqlen_k = lazy.sizes
     fits = (q.shape[0], q.shape[1], k.shape[1]) == (batch, seqlen_q, seqlen_k)
     if not fits or lazy.touched or whole_rows:
         return DenseMask(lazy.built())
     if q.device.type != "cpu" or _impl == "triton":
         return lazy.structure
-    if _impl != "reference" and lazy.visible is not None:
+    if lazy.visible is not None and _impl != "reference" and not _compiling():
         pairs_left_out = seqlen_q * (batch * seqlen_k - lazy.keys_within_bounds)
         flops_left_out = 2 * pairs_left_out * q.shape[2] * (q.shape[3] + v.shape[3])
-        if flops_left_out > batch * _FLOPS_PER_SEQUENCE:
+        cost = _FLOPS_PER_WINDOWED_SEQUENCE if lazy.windows else _FLOPS_PER_SEQUENCE
+        if flops_left_out > batch * cost * torch.get_num_threads():
             return lazy.structure
     return DenseMask(lazy.built())
 

@@ -46,16 +46,19 @@ class LazyMask(Tensor):
     then on fastattn takes the tensor too, since the model may have written into it.
 
     Attributes:
+        sizes: its shape, at the price of a Python attribute.
         structure: the mask as a value.
+        windows: the positional part of it.
         visible: bool (batch, keys), which keys are no padding; None if all.
         keys_within_bounds: sum over the batch of keys between first and last visible one, or -1
             where it was not read (on a GPU that would wait for the device).
     """
 
+    sizes: tuple[int, int, int, int]
     structure: Mask
+    windows: tuple[Window, ...]
     visible: Tensor | None
     keys_within_bounds: int
-    _windows: tuple[Window, ...]
     _built: Tensor | None
     _touched: bool
 
@@ -72,7 +75,7 @@ class LazyMask(Tensor):
         `queries_are_keys` says that query row i is key i: rows of padding at the end are dropped.
         """
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        mask._windows, mask.visible = windows, visible
+        mask.sizes, mask.windows, mask.visible = shape, windows, visible
         mask._built, mask._touched = None, False
         mask.keys_within_bounds = -1
         parts: tuple[Mask, ...] = windows
@@ -89,15 +92,18 @@ class LazyMask(Tensor):
 
     def built(self) -> Tensor:
         """The plain tensor (batch, 1, queries, keys), built on first use."""
-        if self._built is None:
-            batch, _, seqlen_q, seqlen_k = self.shape
-            dense = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-            for window in self._windows:
-                dense = dense & window.dense(seqlen_q, seqlen_k, self.device)
-            if self.visible is not None:
-                dense = dense & self.visible[:, None, None, :]
-            self._built = dense.expand(batch, 1, seqlen_q, seqlen_k)
-        return self._built
+        if self._built is not None:
+            return self._built
+        batch, _, seqlen_q, seqlen_k = self.sizes
+        dense = None if self.visible is None else self.visible[:, None, None, :]
+        for window in self.windows:
+            visible = window.dense(seqlen_q, seqlen_k, self.device)
+            dense = visible if dense is None else dense & visible
+        assert dense is not None  # a mask without parts is not made
+        built = dense.expand(batch, 1, seqlen_q, seqlen_k)
+        if not torch.compiler.is_compiling():  # a graph must not leave its tensors behind
+            self._built = built
+        return built
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"LazyMask(shape={tuple(self.shape)}, {type(self.structure).__name__})"

@@ -162,11 +162,11 @@ def _bias_with_infinities(draw: Draw) -> Kwargs:
 
 def _everything(draw: Draw) -> Kwargs:
     mask = Window(90, 70) & Lengths(draw.ints(150, 97), starts_k=draw.ints(0, 9))
-    bias = ALiBi(draw.slopes(4)) + T5Bias(draw.normal(16, 4), max_distance=50)
+    bias = ALiBi(draw.slopes(2)) + T5Bias(draw.normal(16, 2), max_distance=50)
     return {
-        "mask": mask & Prefix(draw.ints(80, 3)) & draw.bools(2, 4, 130, 150, true=0.9),
-        "bias": bias + draw.normal(4, 130, 150),
-        "sinks": draw.normal(4),
+        "mask": mask & Prefix(draw.ints(80, 3)) & draw.bools(2, 2, 130, 150, true=0.9),
+        "bias": bias + draw.normal(2, 130, 150),
+        "sinks": draw.normal(2),
         "softcap": 4.0,
         "softmax_scale": 0.3,
     }
@@ -174,11 +174,11 @@ def _everything(draw: Draw) -> Kwargs:
 
 def _everything_packed(draw: Draw) -> Kwargs:
     mask = draw.packed([70, 0, 45, 1], [80, 5, 0, 66]) & Window(60, 20)
-    bias = T5Bias(draw.normal(16, 4), max_distance=50) + ALiBi(draw.slopes(4, 4))
+    bias = T5Bias(draw.normal(16, 2), max_distance=50) + ALiBi(draw.slopes(4, 2))
     return {
         "mask": mask & draw.bools(4, 1, 70, 80, true=0.9),
-        "bias": bias + draw.normal(1, 4, 70, 80),
-        "sinks": draw.normal(4),
+        "bias": bias + draw.normal(1, 2, 70, 80),
+        "sinks": draw.normal(2),
         "softcap": 4.0,
     }
 
@@ -292,10 +292,10 @@ FEATURES: tuple[Feature, ...] = (
             weights=True),
     Feature("large scores", lambda draw: {"softmax_scale": 8.0}),
     # all at once
-    Feature("everything", _everything, seqlen_q=130, seqlen_k=150, num_heads=4, layout="gaps",
+    Feature("everything", _everything, seqlen_q=130, seqlen_k=150, num_heads_kv=1, layout="gaps",
             weights=True),
     Feature("everything, packed", _everything_packed, batch=1, seqlen_q=116, seqlen_k=151,
-            num_heads=4, packed=True, weights=True),
+            num_heads_kv=1, packed=True, weights=True),
 )
 # fmt: on
 

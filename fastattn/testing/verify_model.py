@@ -146,8 +146,7 @@ def _sentences(name_or_folder: str, vocab_size: int) -> dict[str, Tensor] | None
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except (OSError, ValueError):
         return None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
     encoded = tokenizer(list(SENTENCES), padding=True, truncation=True, return_tensors="pt")
     ids = encoded["input_ids"]
     # Without its files, transformers may still make a tokenizer, which knows no word.

@@ -151,6 +151,9 @@ class WeightsConfig:
     num_warps: int
 
 
+INTERPRETER_WEIGHTS_CONFIG = WeightsConfig(64, 64, 4)
+
+
 def select_weights_config(head_dim: int, dtype: torch.dtype) -> WeightsConfig:
     """One square tile a program: the kernel is bound by the bytes it writes."""
     if dtype == torch.float32 or head_dim > 128:

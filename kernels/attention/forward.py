@@ -30,6 +30,7 @@ from fastattn.kernels.attention.tile import (
     LN2,
     LOG2E,
     Terms,
+    exponential,
     head_base,
     key_ranges,
     load_sequence,
@@ -94,12 +95,12 @@ def _attention_forward_kernel(
         initial_total = 0.0
     else:
         # A sink is a key without a value: it takes part in the sum from the start.
-        initial_maximum = tl.load(scores.sinks + head).to(tl.float32) * LOG2E
+        initial_maximum = tl.load(scores.sinks + head).to(tl.float32)
         initial_total = 1.0
     maximum = tl.zeros([BLOCK_M], tl.float32) + initial_maximum
     total = tl.zeros([BLOCK_M], tl.float32) + initial_total
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    exponent_scale = scores.scale * LOG2E if LAZY_SCALE else 1.0
+    exponent_scale = scores.scale * LOG2E if LAZY_SCALE else LOG2E
 
     first, end = visible_keys(row, seq, masks)
     end = tl.where(row < seq.live_rows, end, 0)
@@ -143,12 +144,12 @@ def _attention_forward_kernel(
                 LAZY_SCALE,
                 PRECISE,
             )
-            new_maximum = tl.maximum(maximum, tl.max(s, 1) * exponent_scale)
+            new_maximum = tl.maximum(maximum, tl.max(s, 1))
             shift = new_maximum
             if stretch != 1 or MAY_BE_EMPTY:
                 shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            p = tl.exp2(s * exponent_scale - shift[:, None])
-            decay = tl.exp2(maximum - shift)
+            p = exponential(s, shift[:, None], exponent_scale, PRECISE)
+            decay = exponential(maximum, shift, exponent_scale, PRECISE)
             total = total * decay + tl.sum(p, 1)
             acc = acc * decay[:, None]
             v_tile = load_tile(
@@ -180,9 +181,9 @@ def _attention_forward_kernel(
     keep = inside[:, None] & (dim < HEAD_DIM_V)[None, :]
     tl.store(pointers, acc.to(out.ptr.dtype.element_ty), mask=keep)
     if lse.ptr is not None:
-        # Fused: one rounding instead of two where the maximum is large.
-        value = tl.fma(maximum, LN2, tl.log2(total) * LN2)
-        value = tl.where(empty, float("-inf"), value)
+        if LAZY_SCALE:
+            maximum *= scores.scale
+        value = tl.where(empty, float("-inf"), maximum + tl.log2(total) * LN2)
         pointers = head_base(lse, index, head, seq.begin_q + start_m) + local_row * lse.stride_row
         tl.store(pointers, value, mask=inside)
 

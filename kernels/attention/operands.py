@@ -60,8 +60,12 @@ class Modifiers:
 
     @property
     def lazy_scale(self) -> bool:
-        """Whether the scale may wait for the exponential: it commutes with max only if positive."""
-        return self.softmax_scale > 0 and self.softcap == 0 and not self.has_bias
+        """Whether the scale may wait for the exponential: nothing is added to the scores before.
+
+        Only a positive scale commutes with the maximum.
+        """
+        added = self.has_bias or self.sinks is not None
+        return self.softmax_scale > 0 and self.softcap == 0 and not added
 
 
 def rows(tensor: torch.Tensor) -> Rows:

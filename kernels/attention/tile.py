@@ -314,33 +314,33 @@ def modify_scores(
     LAZY_SCALE,
     PRECISE,
 ):
-    """Scores of one tile in units of log2, from the products q @ k.T; -inf where nothing attends.
+    """Scores of one tile from the products q @ k.T; -inf where nothing attends.
 
     The order is scale, softcap, biases, masks. `first` and `end` are the rows' intervals of keys,
-    looked at only where MASKED. With LAZY_SCALE (neither softcap nor bias) the products stay
+    looked at only where MASKED. With LAZY_SCALE (nothing is added to the scores) the products stay
     unscaled: the scale then rides in the exponential's multiply-add.
     """
     BLOCK_M: tl.constexpr = products.shape[0]
     BLOCK_N: tl.constexpr = products.shape[1]
     if scores.softcap is not None:
         capped = tanh(products * (scores.scale / scores.softcap), PRECISE)
-        products = capped * (scores.softcap * LOG2E)
+        products = capped * scores.softcap
     elif not LAZY_SCALE:
-        products = products * (scores.scale * LOG2E)
+        products = products * scores.scale
     if terms.bias.ptr is not None:
         bias = load_plane(terms.bias, seq.index, head, row, col, seq.rows, seq.end_key, 0.0)
-        products += bias.to(tl.float32) * LOG2E
+        products += bias.to(tl.float32)
     if terms.alibi.ptr is not None:
         slope = tl.load(
             terms.alibi.ptr + seq.index * terms.alibi.stride_batch + head * terms.alibi.stride_head
         )
         distance = col[None, :] - (row + seq.offset)[:, None]
-        products -= tl.abs(distance).to(tl.float32) * (slope.to(tl.float32) * LOG2E)
+        products -= tl.abs(distance).to(tl.float32) * slope.to(tl.float32)
     if terms.relative.ptr is not None:
         bias = load_by_distance(
             terms.relative, head, start_m, start_n, row, col, seq, BLOCK_M, BLOCK_N
         )
-        products += bias * LOG2E
+        products += bias
     if terms.mask.ptr is not None:
         keep = load_plane(terms.mask, seq.index, head, row, col, seq.rows, seq.end_key, 0)
         products = tl.where(keep != 0, products, float("-inf"))
@@ -348,3 +348,15 @@ def modify_scores(
         keep = (col[None, :] >= first[:, None]) & (col[None, :] < end[:, None])
         products = tl.where(keep, products, float("-inf"))
     return products
+
+
+@triton.jit
+def exponential(scores, shift, scale, PRECISE: tl.constexpr):
+    """exp2((scores - shift) * scale) for rows of scores, or for one score a row.
+
+    As one multiply-add, except with PRECISE: a float32 result shows the rounding of large scores.
+    """
+    if PRECISE:
+        return tl.exp2((scores - shift) * scale)
+    else:
+        return tl.exp2(scores * scale - shift * scale)

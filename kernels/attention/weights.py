@@ -8,12 +8,17 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.config import WeightsConfig, padded_dim, select_weights_config
+from fastattn.kernels.attention.config import (
+    INTERPRETER_WEIGHTS_CONFIG,
+    WeightsConfig,
+    chip_of,
+    padded_dim,
+    select_weights_config,
+)
 from fastattn.kernels.attention.operands import (
     Modifiers,
     masks,
     needs_wide_offsets,
-    plane,
     problem_shape,
     row_scalars,
     rows,
@@ -22,7 +27,9 @@ from fastattn.kernels.attention.operands import (
 )
 from fastattn.kernels.attention.tile import (
     LOG2E,
+    Plane,
     Terms,
+    exponential,
     head_base,
     load_int,
     load_sequence,
@@ -138,8 +145,7 @@ def _attention_weights_kernel(
         row_lse = tl.load(lse_base + safe_row.to(tl.int64) * lse.stride_row, mask=live, other=0.0)
         # A row without keys has lse -inf; its scores are all -inf and give 0.
         row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
-        # Fused: rounding the product would cost as much as the rounding of lse itself.
-        total += tl.exp2(tl.fma(row_lse[:, None], -LOG2E, s))
+        total += exponential(s, row_lse[:, None], LOG2E, PRECISE)
 
     pointers = weights.ptr + tl.cast(index, tl.int64) * weights.stride_batch
     if AVERAGE:
@@ -175,6 +181,8 @@ def launch_attention_weights(
     num_rows = weights.shape[2]
     if config is None:
         config = select_weights_config(q.shape[-1], q.dtype)
+        if chip_of(q.device) == "interpreter":
+            config = INTERPRETER_WEIGHTS_CONFIG
     num_blocks = triton.cdiv(num_rows, config.block_m) * triton.cdiv(
         weights.shape[3], config.block_n
     )
@@ -185,7 +193,7 @@ def launch_attention_weights(
         rows(q),
         rows(k),
         row_scalars(lse),
-        plane(weights),
+        Plane(weights, *weights.stride()),
         heads,
         chosen_rows,
         num_heads,
