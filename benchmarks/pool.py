@@ -35,11 +35,17 @@ def worker_count(cpus: int, free_bytes: float) -> int:
 
 
 def run_here(tasks: Sequence[Any], check: Check, deadline: float, on_result: OnResult) -> int:
-    """Runs tasks one by one in this process; returns how many the deadline left over."""
+    """Runs tasks one by one in this process; returns how many the deadline left over.
+
+    Raises:
+        RuntimeError: a check took the CUDA context down, so that the rest would fail too.
+    """
     for index, task in enumerate(tasks):
         if time.monotonic() >= deadline:
             return len(tasks) - index
         on_result(task, check(task))
+        if not device_works():
+            raise RuntimeError(f"the CUDA context was lost in: {task}")
     return 0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ class Bias:
         return join(self, as_bias(other))
 
     __radd__ = __add__
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """`bias + tensor` under torch.compile, which takes it for an operation on tensors."""
+        if func in (Tensor.__add__, Tensor.__radd__, Tensor.add):
+            return join(*(as_bias(arg) for arg in args))
+        return NotImplemented
 
     def dense(self, seqlen_q: int, seqlen_k: int, dtype: torch.dtype | None = None) -> Tensor:
         """The bias as a tensor (batch or 1, num_heads or 1, seqlen_q, seqlen_k)."""

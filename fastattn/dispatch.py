@@ -49,20 +49,25 @@ def _triton_reasons(problem: AttentionProblem) -> list[str]:
 
 def triton_environment_reasons(device: torch.device) -> list[str]:
     """Why no Triton kernel can run on `device` here; empty if they can."""
+    return list(_environment_reasons(device.type, device.index))
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into Triton's settings
+def _environment_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
     if not _has_triton():
-        return ["Triton is not installed"]
-    if device.type == "cpu" and not is_interpreting():
-        return [
+        return ("Triton is not installed",)
+    if device_type == "cpu" and not is_interpreting():
+        return (
             "tensors are on the CPU, where kernels run only in Triton's interpreter: set "
-            "TRITON_INTERPRET=1 before fastattn is used"
-        ]
-    if device.type not in ("cpu", "cuda"):
-        return [f"kernels run on CUDA and ROCm devices, not on {device.type}"]
-    if device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
+            "TRITON_INTERPRET=1 before fastattn is used",
+        )
+    if device_type not in ("cpu", "cuda"):
+        return (f"kernels run on CUDA and ROCm devices, not on {device_type}",)
+    if device_type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(index)
         if major < 8:
-            return [f"kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"]
-    return []
+            return (f"kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}",)
+    return ()
 
 
 @functools.cache

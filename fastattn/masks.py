@@ -64,6 +64,15 @@ class Mask:
 
     __rand__ = __and__
 
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """`mask & tensor` under torch.compile, which takes it for an operation on tensors."""
+        if func in (Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and):
+            return join(*(as_mask(arg) for arg in args))
+        return NotImplemented
+
     def visible_keys(self, row: Tensor, seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor]:
         """Interval [first, end) of each row's visible keys: two tensors (num_sequences or 1, M)."""
         raise NotImplementedError(f"{type(self).__name__} is not a positional mask")

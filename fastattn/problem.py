@@ -219,6 +219,7 @@ def _check_number(
 ) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {expected}, got {value!r}")
-    if not math.isfinite(value) or not low <= value < high:
+    # Comparisons that a NaN fails too: torch.compile knows no isfinite of a symbolic number.
+    if not (-math.inf < value < math.inf and low <= value < high):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
     return float(value)

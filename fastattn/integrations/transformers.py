@@ -55,9 +55,9 @@ NAME = "fastattn"
 # it counts on the attention function to use them.
 _UNSERVED = ("head_mask", "layer_head_mask", "indices", "block_indices", "cache")
 
-# On CPU a padded batch is computed sequence by sequence. That costs a call each, with windows also a
-# mask each, and must save more than that: 55 and 180 us measured, in floating-point operations of
-# one thread of the slower kind (55 GFLOP/s).
+# On CPU a padded batch is computed sequence by sequence. That costs a call each, with windows also
+# a mask each, and must save more than that: 55 and 180 us measured, in floating-point operations
+# of a thread that does 55 GFLOP/s.
 _FLOPS_PER_SEQUENCE = 3e6
 _FLOPS_PER_WINDOWED_SEQUENCE = 10e6
 
@@ -261,9 +261,11 @@ def _wants_weights(kwargs: dict[str, Any]) -> bool:
     return bool(collected) and any("attentions" in name for name in collected)
 
 
-try:
-    from transformers.utils.output_capturing import _active_collector as _collector
-except ImportError:  # not public: another release may keep it elsewhere
+try:  # not public: another release may keep it elsewhere
+    from transformers.utils import output_capturing as _output_capturing
+
+    _collector: Any = _output_capturing._active_collector
+except (ImportError, AttributeError):
     _collector = None
 
 AttentionInterface.register(NAME, attention_forward)

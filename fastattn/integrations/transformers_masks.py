@@ -30,13 +30,13 @@ _ENCODERS = frozenset(
 )  # fmt: skip
 
 # What may be asked of a LazyMask without building it.
-_METADATA = frozenset(
-    getter.__get__
-    for getter in (
-        Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.layout, Tensor.is_cuda,
-        Tensor.is_cpu, Tensor.is_meta, Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf,
-    )
-) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}  # fmt: skip
+_GETTERS = (
+    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "requires_grad",
+    "grad_fn", "is_leaf",
+)  # fmt: skip
+_METADATA = frozenset(getattr(Tensor, name).__get__ for name in _GETTERS) | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__,
+}  # fmt: skip
 
 
 class LazyMask(Tensor):
@@ -80,7 +80,10 @@ class LazyMask(Tensor):
         mask.keys_within_bounds = -1
         parts: tuple[Mask, ...] = windows
         if visible is not None:
-            lengths, has_holes, mask.keys_within_bounds = _lengths(visible, queries_are_keys)
+            readable = visible.device.type == "cpu"
+            lengths, has_holes, mask.keys_within_bounds = _lengths(
+                visible, queries_are_keys, readable
+            )
             parts += (lengths, DenseMask(visible[:, None, None, :])) if has_holes else (lengths,)
         mask.structure = masks.join(*parts)
         return mask
@@ -105,7 +108,7 @@ class LazyMask(Tensor):
             self._built = built
         return built
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"LazyMask(shape={tuple(self.shape)}, {type(self.structure).__name__})"
 
     @classmethod
@@ -118,7 +121,7 @@ class LazyMask(Tensor):
         return func(*_unwrap(args), **_unwrap(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         return func(*_unwrap(args), **_unwrap(kwargs or {}))
@@ -136,13 +139,15 @@ def _unwrap(tree: Any) -> Any:
     return torch.utils._pytree.tree_map(unwrap, tree)
 
 
-def _lengths(visible: Tensor, queries_are_keys: bool) -> tuple[Lengths, bool, int]:
-    """Bounds of the visible keys; whether keys between them may be hidden; keys within bounds."""
+def _lengths(visible: Tensor, queries_are_keys: bool, readable: bool) -> tuple[Lengths, bool, int]:
+    """Bounds of the visible keys; whether keys between them may be hidden; keys within bounds.
+
+    Where values are not `readable` for free, bounds that may be needed are given in any case.
+    """
     size = visible.shape[1]
     position = torch.arange(1, size + 1, device=visible.device, dtype=torch.int32)
     ends = (visible * position).amax(1)
     starts = size - (visible * position.flip(0)).amax(1)
-    readable = visible.device.type == "cpu"
     has_holes, within, left_padded = True, -1, True
     if readable:
         within = int((ends - starts).clamp(min=0).sum())
@@ -178,12 +183,12 @@ def attention_mask(
         the module is. Else a `LazyMask`, or the exact bool tensor (batch, 1, q_length, kv_length).
     """
 
-    def exact() -> Tensor:
+    def exact() -> Tensor | None:
         return masking_utils.sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,

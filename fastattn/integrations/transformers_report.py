@@ -1,4 +1,4 @@
-"""Which attention layers of a transformers model fastattn served, by what, and which not and why."""
+"""Which attention layers of a transformers model fastattn served, by what, which not and why."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class UnservedModelError(RuntimeError):
     def for_model(cls, model: nn.Module) -> UnservedModelError:
         """The error of a model whose layers compute attention by themselves."""
         return cls(
-            f"{_name(model)} never calls transformers' attention interface, so that fastattn cannot "
-            f"serve it: {_listed(attention_modules(model))} computes attention by itself, whatever "
-            "attn_implementation says"
+            f"{_name(model)} never calls transformers' attention interface, so that fastattn "
+            f"cannot serve it: {_listed(attention_modules(model))} computes attention by itself, "
+            "whatever attn_implementation says"
         )
 
 

