@@ -28,10 +28,10 @@ from fastattn.dispatch import IMPLEMENTATIONS
 from fastattn.integrations.transformers_masks import LazyMask, attention_mask
 from fastattn.integrations.transformers_report import (
     LayerReport,
+    Recording,
     Report,
     UnservedModelError,
     forget,
-    recorded,
     report,
 )
 from fastattn.masks import DenseMask, Lengths, Mask, Packed
@@ -97,7 +97,10 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     if not model._can_set_attn_implementation():
         raise UnservedModelError.for_model(model)
-    model.set_attn_implementation(NAME)
+    for part in model.modules():
+        # Some releases do not reach parts whose config is a copy, such as the two stacks of T5.
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != NAME:
+            part.set_attn_implementation(NAME)
     forget(model)
     return model
 
@@ -183,7 +186,7 @@ def attention_forward(
         "sinks": sinks,
     }
     # A graph neither records nor could.
-    record = contextlib.nullcontext() if _compiling() else recorded(module, _impl)
+    record = contextlib.nullcontext() if _compiling() else Recording(module, _impl)
     with record:
         out = functional.attention(q, k, v, dropout_p=dropout, impl=_impl, **options)
     assert isinstance(out, Tensor)

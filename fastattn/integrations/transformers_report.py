@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,25 +109,34 @@ _calls: weakref.WeakKeyDictionary[nn.Module, _Calls] = weakref.WeakKeyDictionary
 _current = threading.local()
 
 
-@contextlib.contextmanager
-def recorded(module: nn.Module, impl: str) -> Iterator[None]:
+class Recording:
     """Within it, attention calls count as those of `module`."""
-    _current.module, _current.impl = module, impl
-    try:
-        yield
-    finally:
-        _current.module = None
+
+    def __init__(self, module: nn.Module, impl: str) -> None:
+        self._owner = (module, impl)
+
+    def __enter__(self) -> None:
+        _current.owner = self._owner
+
+    def __exit__(self, *error: object) -> None:
+        _current.owner = None
 
 
 def _record(name: str, problem: AttentionProblem) -> None:
-    if torch.compiler.is_compiling() or getattr(_current, "module", None) is None:
+    if torch.compiler.is_compiling():
         return
-    calls = _calls.setdefault(_current.module, _Calls())
-    # To explain a call costs more than to compute some: done for the first of each kind.
+    owner = getattr(_current, "owner", None)
+    if owner is None:
+        return
+    module, impl = owner
+    calls = _calls.get(module)
+    if calls is None:
+        calls = _calls[module] = _Calls()
     kind = (name, _kinds(problem.mask))
     calls.counts[kind] += 1
+    # To explain a call costs more than to compute some: done for the first of each kind.
     if kind not in calls.explanations:
-        calls.explanations[kind] = dispatch.explain(problem, _current.impl)
+        calls.explanations[kind] = dispatch.explain(problem, impl)
 
 
 dispatch.listeners.append(_record)

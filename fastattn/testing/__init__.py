@@ -6,6 +6,8 @@
 | ``make_qkv``, ``make_lengths``, ... | inputs that are the same on every device |
 | ``repair``, ``is_interpreting``, ``bounds_checked`` | Triton's interpreter, made right |
 | ``WorkMeter``, ``roofline_seconds`` | exact counts of bytes and FLOPs, in the interpreter |
+| ``debug`` | checks and poisoned outputs that cost too much for every day |
+| ``fastattn.testing.verify`` | parity of every feature, or of a Hugging Face model, as a function |
 | ``fastattn.testing.compile_report`` | registers, spills and shared memory, without a GPU |
 
 Importing this package imports nothing else, and never Triton: each name is loaded on first use.
@@ -13,6 +15,7 @@ Importing this package imports nothing else, and never Triton: each name is load
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +45,7 @@ __all__ = [
     "repair",
     "WorkMeter",
     "roofline_seconds",
+    "debug",
 ]
 
 _HOMES = {
@@ -50,6 +54,20 @@ _HOMES = {
     "interpreter": ("bounds_checked", "is_interpreting", "repair"),
     "work_meter": ("WorkMeter", "roofline_seconds"),
 }
+
+
+def debug() -> AbstractContextManager[None]:
+    """Within it, arguments are checked by value too, and outputs start as NaN.
+
+        with fastattn.testing.debug():
+            out = model(**inputs)
+
+    The *values* of lengths on a GPU are checked too, for which the host waits for the device, and
+    kernels write into outputs full of NaN, so that what one forgets to write shows.
+    """
+    from fastattn.validation import device_checks
+
+    return device_checks()
 
 
 def __getattr__(name: str) -> Any:

@@ -42,13 +42,13 @@ def _tiles(plain: _Tile, modified: _Tile, crowded: _Tile) -> Tiles:
 HALF_CONFIGS: dict[str, dict[int, Tiles]] = {
     # 163 KiB of shared memory (A100).
     "sm_80": {
-        64: _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-        128: _tiles((128, 64, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)),
+        64: _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+        128: _tiles((128, 32, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)),
         256: _tiles((64, 64, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
     },
     # 227 KiB (H100, H200). A warpgroup's wgmma takes 64 rows; fewer fall back to mma.
     "sm_90": {
-        64: _tiles((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        64: _tiles((128, 128, 8, 3), (128, 64, 8, 3), (64, 32, 4, 2)),
         128: _tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
         256: _tiles((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     },
@@ -74,9 +74,9 @@ HALF_CONFIGS: dict[str, dict[int, Tiles]] = {
 
 # float32 products run on the ordinary units, from registers: small tiles on every chip.
 FLOAT32_CONFIGS: dict[int, Tiles] = {
-    64: _tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
-    128: _tiles((32, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
-    256: _tiles((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    64: _tiles((64, 32, 8, 2), (32, 16, 8, 1), (32, 16, 8, 1)),
+    128: _tiles((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    256: _tiles((32, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2)),
 }
 
 # In the interpreter a tile costs about the same whatever its size.

@@ -82,9 +82,8 @@ def _attention_forward_kernel(
     k_base = head_base(k, index, key_head, seq.begin_k)
     v_base = head_base(v, index, key_head, seq.begin_k)
     local_row = tl.arange(0, BLOCK_M)
-    q_tile = load_tile(
-        q, q_base, local_row, seq.rows - start_m, HEAD_DIM, BLOCK_D, CHECK_ROWS=True, WIDE=WIDE
-    )
+    live = seq.live_rows - start_m
+    q_tile = load_tile(q, q_base, local_row, live, HEAD_DIM, BLOCK_D, CHECK_ROWS=True, WIDE=WIDE)
     terms = Terms(mask, bias, alibi, relative)
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
     # A row that sees nothing keeps a maximum of -inf, which must not reach exp2 as inf - inf.

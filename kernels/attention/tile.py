@@ -190,7 +190,10 @@ def key_ranges(start_m, seq, masks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
     full_begin = tl.cdiv(tl.maximum(full_begin, 0), BLOCK_N) * BLOCK_N
     full_end = tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N
     full_end = tl.maximum(full_end, full_begin)
-    end = tl.where(last_m >= start_m, end, 0)
+    # A block of rows that are all padding visits nothing.
+    alive = last_m >= start_m
+    full_end = tl.where(alive, full_end, full_begin)
+    end = tl.where(alive, end, 0)
     return begin, full_begin, full_end, end
 
 

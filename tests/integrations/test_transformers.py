@@ -120,8 +120,9 @@ def three_of(model):
         if weight.dim() == 2:  # with weights as small as they start, attention is nearly uniform
             weight.mul_(4)
     eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    eager.set_attn_implementation("eager")
-    exact.set_attn_implementation("eager")
+    for part in (*eager.modules(), *exact.modules()):
+        if isinstance(part, transformers.PreTrainedModel):
+            part.set_attn_implementation("eager")
     return fastattn_hf.enable(model), eager, exact
 
 
@@ -148,13 +149,12 @@ class KeepFloat64(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
         kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
-            if func is torch.Tensor.float:
-                return args[0]
-            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-            if kwargs.get("dtype") is torch.float32:
-                kwargs["dtype"] = torch.float64
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 
 
@@ -443,15 +443,20 @@ def test_lazy_mask_is_a_tensor_to_whoever_operates_on_it():
     assert "LazyMask" in repr(lazy())
 
 
-def test_a_model_may_write_into_its_mask():
-    mask = LazyMask((4, 1, 20, 20), torch.device("cpu"), (Causal(),), None, True)
+@pytest.mark.parametrize("windows", [(Causal(),), ()])
+def test_a_model_may_write_into_its_mask(windows, monkeypatch):
+    monkeypatch.setattr(fastattn_hf, "_FLOPS_PER_SEQUENCE", -1)  # to use the structure
+    monkeypatch.setattr(fastattn_hf, "_FLOPS_PER_WINDOWED_SEQUENCE", -1)
+    padding = visible_keys("right")
+    mask = LazyMask((4, 1, 20, 20), torch.device("cpu"), windows, padding, True)
     assert not mask.touched
     mask[:, :, :, 0].fill_(False)  # a view
     mask.masked_fill_(torch.eye(20, dtype=torch.bool), True)
     q = torch.randn(4, 2, 20, 8)
     out, _ = fastattn_hf.attention_forward(torch.nn.Identity(), q, q, q, mask)
-    visible = torch.ones(20, 20, dtype=torch.bool).tril()
-    visible[:, 0] = False
+    visible = padding[:, None, None, :] & torch.ones(20, 20, dtype=torch.bool)
+    visible = visible.tril() if windows else visible
+    visible[..., 0] = False
     visible |= torch.eye(20, dtype=torch.bool)
     expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=visible)
     torch.testing.assert_close(out.transpose(1, 2), expected)

