@@ -13,7 +13,6 @@ from fastattn.kernels.attention.config import (
 )
 from fastattn.testing.compile_report import TARGETS, compile_report
 
-
 # One case for each tile that dispatch can select: plain (twice), modified, crowded, few rows.
 TELLING = ("bidirectional", "causal", "ALiBi, causal", "everything", "few rows, causal")
 

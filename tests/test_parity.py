@@ -176,8 +176,8 @@ def _spread(
 
 OFFSETS = {
     # between the batch's sequences, heads, or tiles of rows
-    "batch": ((2, 70, 1, 16), (2**31 + 8, 16, 16, 1)),
-    "head": ((1, 70, 2, 16), (0, 16, 2**31 + 8, 1)),
+    "batch": ((3, 70, 1, 16), (2**30 + 8, 16, 16, 1)),
+    "head": ((1, 70, 3, 16), (0, 16, 2**30 + 8, 1)),
     "rows": ((1, 150, 1, 16), (0, 2**24, 16, 1)),
     # within one tile: the wide path
     "rows of a tile": ((1, 70, 1, 16), (0, 2**25 + 8, 16, 1)),
@@ -210,11 +210,11 @@ def test_offsets_beyond_int32(where: str, which: str, device: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "strides"),
-    [((2, 1, 70, 40), (2**31 + 8, 0, 40, 1)), ((1, 1, 70, 40), (0, 0, 2**25 + 8, 1))],
+    [((3, 1, 70, 40), (2**30 + 8, 0, 40, 1)), ((1, 1, 70, 40), (0, 0, 2**25 + 8, 1))],
     ids=["batch", "rows of a tile"],
 )
 def test_bias_offsets_beyond_int32(shape: Any, strides: Any, device: str) -> None:
-    q, k, v = make_qkv(2, 70, 40, 1, head_dim=16, dtype=torch.float16, device=device)
+    q, k, v = make_qkv(3, 70, 40, 1, head_dim=16, dtype=torch.float16, device=device)
     bias = _spread(shape, strides, device)
     out = fastattn.attention(q, k, v, bias=bias, impl="triton")
     near = fastattn.attention(q, k, v, bias=bias.contiguous(), impl="triton")

@@ -121,7 +121,7 @@ def _operands(head_dim: int, dtype: torch.dtype, packed: bool) -> list[torch.Ten
 
 
 def launch_forward(
-    head_dim: int, dtype: torch.dtype, features: dict[str, Any], config: object
+    head_dim: int, dtype: torch.dtype, features: dict[str, Any], config: Any
 ) -> None:
     """Launches the forward kernel on empty tensors, for a compiler that runs nothing."""
     from fastattn.kernels.attention import launch_attention_forward
@@ -134,7 +134,7 @@ def launch_forward(
 
 
 def _launch_weights(
-    head_dim: int, dtype: torch.dtype, features: dict[str, Any], config: object
+    head_dim: int, dtype: torch.dtype, features: dict[str, Any], config: Any
 ) -> None:
     from fastattn.kernels.attention import launch_attention_weights
 

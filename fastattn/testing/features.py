@@ -282,7 +282,7 @@ FEATURES: tuple[Feature, ...] = (
             lambda draw: {"bias": T5Bias(draw.normal(8, 2), max_distance=20), "softmax_scale": 1.0},
             batch=1, seqlen_q=200, seqlen_k=200),
     Feature("softcap", lambda draw: {"softcap": 2.0, "softmax_scale": 1.0}, weights=True),
-    Feature("softcap, far from saturation", lambda draw: {"softcap": 50.0, "causal": True}),
+    Feature("softcap, far from saturation", lambda draw: {"softcap": 1e3, "causal": True}),
     Feature("sinks", lambda draw: {"sinks": draw.normal(2, std=2.0), "causal": True}, weights=True),
     Feature("sinks, rows without keys",
             lambda draw: {"sinks": draw.normal(2), "causal": True}, seqlen_q=150, seqlen_k=70),
