@@ -52,7 +52,6 @@ def triton_environment_reasons(device: torch.device) -> list[str]:
     return list(_environment_reasons(device.type, device.index))
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into Triton's settings
 def _environment_reasons(device_type: str, index: int | None) -> tuple[str, ...]:
     if not _has_triton():
         return ("Triton is not installed",)
@@ -68,6 +67,11 @@ def _environment_reasons(device_type: str, index: int | None) -> tuple[str, ...]
         if major < 8:
             return (f"kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}",)
     return ()
+
+
+# torch.compile cannot look into Triton's settings. This is what assume_constant_result does, which
+# would import torch._dynamo, and with it Triton.
+_environment_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Sentence pairs of the demo, of very different lengths: a padded batch of them is mostly padding."""
+"""Sentence pairs of the demo. Their lengths differ much: a batch of them is mostly padding."""
 
 SIMILAR = "similar"
 TOPIC = "topic only"
@@ -28,8 +28,8 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
     (
         TOPIC,
         "The violinist tuned her instrument.",
-        "Our orchestra is looking for somebody who repairs double basses, lends out bows, can drive "
-        "a van, and does not mind working on Sundays and on the evenings before a concert.",
+        "Our orchestra is looking for somebody who repairs double basses, lends out bows, can "
+        "drive a van, and does not mind working on Sundays and on the evenings before a concert.",
     ),
     (TOPIC, "The bakery sells rye bread.", "Yeast dies at high temperatures."),
     (
@@ -50,7 +50,7 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
         UNRELATED,
         "Thanks!",
         "Copper conducts electricity better than iron does, but it is heavier than aluminum and "
-        "costs more, which is why the lines between the pylons are made of neither copper nor iron.",
+        "costs more, which is why the lines between the pylons are made of neither.",
     ),
     (
         UNRELATED,
@@ -58,7 +58,10 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
         "the passengers who had spent the night on the benches of the waiting hall were too tired "
         "to complain; they lay down between the lifeboats, used their bags as pillows, and woke "
         "only when the gulls of the island began to scream above them, long after the sun had come "
-        "up, with the smell of coffee drifting over from the bridge.",
+        "up, with the smell of coffee drifting over from the bridge. Nobody had noticed the second "
+        "ship, which lay at the only pier, its bow doors open, with two trucks wedged into each "
+        "other on the ramp and a policeman standing between them, writing slowly, as if the whole "
+        "morning belonged to him.",
         "Divide both sides of the equation by two.",
     ),
     (

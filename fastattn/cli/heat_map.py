@@ -49,7 +49,13 @@ def draw_heat_map(
     axes.tick_params(which="minor", length=0)
     for row, column in marked:
         frame = Rectangle(
-            (column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="darkorange", linewidth=1.6
+            (column - 0.5, row - 0.5),
+            1,
+            1,
+            fill=False,
+            edgecolor="darkorange",
+            linewidth=1.6,
+            zorder=3,
         )
         axes.add_patch(frame)
         value = weights[row, column].item()

@@ -33,11 +33,13 @@ MODEL_RULE = (
 def verify(
     device: Annotated[
         str,
-        typer.Option(help="cuda, or cpu for Triton's interpreter. [default: cuda if there is one]"),
+        typer.Option(help="cuda, or cpu for Triton's interpreter. Default: cuda if there is one."),
     ] = "",
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="fp32, fp16 or bf16; may be repeated. [default: all; fp32 for --model]"),
+        typer.Option(
+            help="fp32, fp16 or bf16; may be repeated. Default: all, and fp32 for --model."
+        ),
     ] = None,
     feature: Annotated[
         str | None, typer.Option(help="Only features whose name contains this.")
@@ -54,7 +56,10 @@ def verify(
         typer.Option(help="What computes the model's attention: auto, triton, sdpa, reference."),
     ] = "auto",
     jobs: Annotated[
-        int, typer.Option(help="Processes on the CPU. [default: one a core, at most 8]")
+        int,
+        typer.Option(
+            show_default=False, help="Processes on the CPU. Default: one a core, at most 8."
+        ),
     ] = 0,
 ) -> None:
     """Compare every feature, or a model, with float64: exits with 1 if any fails the 2x rule."""

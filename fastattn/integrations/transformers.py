@@ -57,8 +57,8 @@ _UNSERVED = ("head_mask", "layer_head_mask", "indices", "block_indices", "cache"
 
 # On CPU a padded batch is computed sequence by sequence. That costs a call each, with windows also
 # a mask each, and must save more than that: 55 and 180 us measured, in floating-point operations
-# of a thread that does 55 GFLOP/s.
-_FLOPS_PER_SEQUENCE = 3e6
+# of a thread that does 55 GFLOP/s; the threads wait for each other once more, hence the surcharge.
+_FLOPS_PER_SEQUENCE = 5e6
 _FLOPS_PER_WINDOWED_SEQUENCE = 10e6
 
 _impl = "auto"

@@ -160,6 +160,13 @@ def _bias_with_infinities(draw: Draw) -> Kwargs:
     return {"bias": bias}
 
 
+def _bias_lowest_in_whole_rows(draw: Draw) -> Kwargs:
+    """The same for a row that sees nothing: all of its keys are equal again, and none is NaN."""
+    bias = draw.normal(2, 1, 100, 100)
+    bias[:, :, 5:9] = torch.finfo(bias.dtype).min
+    return {"bias": bias}
+
+
 def _everything(draw: Draw) -> Kwargs:
     mask = Window(90, 70) & Lengths(draw.ints(150, 97), starts_k=draw.ints(0, 9))
     bias = ALiBi(draw.slopes(2)) + T5Bias(draw.normal(16, 2), max_distance=50)
@@ -191,8 +198,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature("bidirectional", weights=True),
     Feature("causal", _causal, weights=True, seqlen_q=150, seqlen_k=150),
     Feature("causal, seqlen_q < seqlen_k", _causal, seqlen_q=70, seqlen_k=150),
-    Feature("causal, seqlen_q > seqlen_k", _causal, seqlen_q=150, seqlen_k=70,
-            weights=True),
+    Feature("causal, seqlen_q > seqlen_k", _causal, seqlen_q=150, seqlen_k=70, weights=True),
     Feature("cross", seqlen_q=70, seqlen_k=150),
     Feature("one query", _causal, seqlen_q=1, seqlen_k=150),
     Feature("one query, one key", seqlen_q=1, seqlen_k=1),
@@ -203,8 +209,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature("grouped-query", num_heads=4, weights=True),
     Feature("multi-query", _causal, num_heads=3, num_heads_kv=1),
     *(
-        Feature(f"head_dim {dim}", _causal, head_dim=dim, batch=1, num_heads=1,
-                num_heads_kv=1, seqlen_k=110)
+        Feature(f"head_dim {dim}", _causal, head_dim=dim, batch=1, num_heads=1, num_heads_kv=1,
+                seqlen_k=110)
         for dim in _HEAD_DIMS
     ),
     Feature("head_dim_v < head_dim", head_dim=64, head_dim_v=24),
@@ -242,6 +248,8 @@ FEATURES: tuple[Feature, ...] = (
     # other masks
     Feature("Window(left, right)", lambda draw: {"mask": Window(70, 66)}, batch=1,
             seqlen_q=200, seqlen_k=200, weights=True),
+    Feature("Window(left, right), wide", lambda draw: {"mask": Window(150, 140)}, batch=1,
+            seqlen_q=400, seqlen_k=400, num_heads=1, num_heads_kv=1),
     Feature("Window(left, right), narrow", lambda draw: {"mask": Window(3, 0)}, batch=1,
             seqlen_q=150, seqlen_k=150),
     Feature("Window(left, None)", lambda draw: {"mask": Window(20, None)}, seqlen_k=150),
@@ -268,7 +276,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature("bias, broadcast over keys", lambda draw: {"bias": draw.normal(2, 1, 100, 1)}),
     Feature("bias, float32 whatever q is",
             lambda draw: {"bias": draw.normal(2, 2, 100, 100).float(), "causal": True}),
-    Feature("bias of -inf and lowest values", _bias_with_infinities),
+    Feature("bias of -inf and lowest values", _bias_with_infinities, weights=True),
+    Feature("bias of lowest values in whole rows", _bias_lowest_in_whole_rows),
     Feature("ALiBi", lambda draw: {"bias": ALiBi(draw.slopes(3)), "causal": True}, num_heads=3,
             num_heads_kv=3, weights=True),
     Feature("ALiBi, bidirectional, a slope a sequence",

@@ -74,9 +74,9 @@ HALF_CONFIGS: dict[str, dict[int, Tiles]] = {
 
 # float32 products run on the ordinary units, from registers: small tiles on every chip.
 FLOAT32_CONFIGS: dict[int, Tiles] = {
-    64: _tiles((64, 32, 8, 2), (32, 16, 8, 1), (32, 16, 8, 1)),
+    64: _tiles((32, 32, 8, 2), (32, 16, 8, 1), (32, 16, 8, 1)),
     128: _tiles((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    256: _tiles((32, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2)),
+    256: _tiles((16, 16, 8, 1), (32, 16, 8, 2), (32, 16, 8, 2)),
 }
 
 # In the interpreter a tile costs about the same whatever its size.
@@ -156,6 +156,8 @@ INTERPRETER_WEIGHTS_CONFIG = WeightsConfig(64, 64, 4)
 
 def select_weights_config(head_dim: int, dtype: torch.dtype) -> WeightsConfig:
     """One square tile a program: the kernel is bound by the bytes it writes."""
-    if dtype == torch.float32 or head_dim > 128:
+    if dtype == torch.float32:
+        return WeightsConfig(32, 32, 8)
+    if head_dim > 128:
         return WeightsConfig(32, 32, 4)
     return WeightsConfig(64, 64, 4)

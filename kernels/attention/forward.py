@@ -86,6 +86,8 @@ def _attention_forward_kernel(
     q_tile = load_tile(q, q_base, local_row, live, HEAD_DIM, BLOCK_D, CHECK_ROWS=True, WIDE=WIDE)
     terms = Terms(mask, bias, alibi, relative)
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
+    # A bias may be the lowest float of its dtype, which the scale would turn into -inf.
+    SUBTRACT_FIRST: tl.constexpr = PRECISE or (bias.ptr is not None)
     # A row that sees nothing keeps a maximum of -inf, which must not reach exp2 as inf - inf.
     MAY_BE_EMPTY: tl.constexpr = (mask.ptr is not None) or (bias.ptr is not None)
 
@@ -147,8 +149,8 @@ def _attention_forward_kernel(
             shift = new_maximum
             if stretch != 1 or MAY_BE_EMPTY:
                 shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            p = exponential(s, shift[:, None], exponent_scale, PRECISE)
-            decay = exponential(maximum, shift, exponent_scale, PRECISE)
+            p = exponential(s, shift[:, None], exponent_scale, SUBTRACT_FIRST)
+            decay = exponential(maximum, shift, exponent_scale, SUBTRACT_FIRST)
             total = total * decay + tl.sum(p, 1)
             acc = acc * decay[:, None]
             v_tile = load_tile(

@@ -354,12 +354,13 @@ def modify_scores(
 
 
 @triton.jit
-def exponential(scores, shift, scale, PRECISE: tl.constexpr):
+def exponential(scores, shift, scale, SUBTRACT_FIRST: tl.constexpr):
     """exp2((scores - shift) * scale) for rows of scores, or for one score a row.
 
-    As one multiply-add, except with PRECISE: a float32 result shows the rounding of large scores.
+    As one multiply-add, except with SUBTRACT_FIRST, for float32 results, which show the rounding of
+    large scores, and for scores that the scale could turn into infinities.
     """
-    if PRECISE:
+    if SUBTRACT_FIRST:
         return tl.exp2((scores - shift) * scale)
     else:
         return tl.exp2(scores * scale - shift * scale)

