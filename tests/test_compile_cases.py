@@ -44,4 +44,4 @@ def test_every_chip_has_tiles_for_every_head_dim() -> None:
 def test_candidates_hold_the_selected_tiles_of_hopper() -> None:
     selected = {tile for row in HALF_CONFIGS["sm_90"].values() for tile in (row.plain,)}
     assert {tile for tile in selected if tile.block_n >= 64} <= set(FORWARD_CANDIDATES)
-    assert FLOAT32_CONFIGS.keys() == HALF_CONFIGS["sm_90"].keys()
+    assert FLOAT32_CONFIGS["sm_90"].keys() == HALF_CONFIGS["sm_90"].keys()

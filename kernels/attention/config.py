@@ -20,6 +20,15 @@ class ForwardConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """The options in the words of a Triton launch. AMD's backend knows no register limit."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,10 @@ class Tiles:
 _Tile = tuple[int, int, int, int]
 
 
-def _tiles(plain: _Tile, modified: _Tile, crowded: _Tile) -> Tiles:
-    return Tiles(ForwardConfig(*plain), ForwardConfig(*modified), ForwardConfig(*crowded))
+def _tiles(
+    plain: _Tile, modified: _Tile, crowded: _Tile, max_registers: int | None = None
+) -> Tiles:
+    return Tiles(*(ForwardConfig(*tile, max_registers) for tile in (plain, modified, crowded)))
 
 
 # (block_m, block_n, num_warps, num_stages) by chip and by head dimension up to the key.
@@ -72,11 +83,19 @@ HALF_CONFIGS: dict[str, dict[int, Tiles]] = {
     },
 }
 
-# float32 products run on the ordinary units, from registers: small tiles on every chip.
-FLOAT32_CONFIGS: dict[int, Tiles] = {
-    64: _tiles((32, 32, 8, 2), (32, 16, 8, 1), (32, 16, 8, 1)),
-    128: _tiles((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    256: _tiles((16, 16, 8, 1), (32, 16, 8, 2), (32, 16, 8, 2)),
+# float32 products run on the ordinary units, from registers: small tiles on every chip. Left alone,
+# ptxas spills a few of their registers to fit more programs on a multiprocessor; a limit stops it.
+_FLOAT32_TILES: dict[int, tuple[_Tile, _Tile, _Tile]] = {
+    64: ((32, 32, 8, 2), (32, 16, 8, 1), (32, 16, 8, 1)),
+    128: ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    256: ((16, 16, 8, 1), (32, 16, 8, 2), (32, 16, 8, 2)),
+}
+FLOAT32_CONFIGS: dict[str, dict[int, Tiles]] = {
+    chip: {
+        limit: _tiles(*three, max_registers=None if chip == "gfx942" else 255)
+        for limit, three in _FLOAT32_TILES.items()
+    }
+    for chip in HALF_CONFIGS
 }
 
 # In the interpreter a tile costs about the same whatever its size.
@@ -118,7 +137,7 @@ def chip_of(device: torch.device) -> str:
 
 def tiles(chip: str, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The tiles of a chip for the larger of both head dimensions."""
-    table = FLOAT32_CONFIGS if dtype == torch.float32 else HALF_CONFIGS[chip]
+    table = (FLOAT32_CONFIGS if dtype == torch.float32 else HALF_CONFIGS)[chip]
     return table[next(limit for limit in table if head_dim <= limit)]
 
 

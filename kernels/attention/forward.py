@@ -240,6 +240,5 @@ def launch_attention_forward(
         LAZY_SCALE=modifiers.lazy_scale,
         WIDE=needs_wide_offsets(q, k, v, out, rows_per_tile=max(config.block_m, config.block_n)),
         INPUT_PRECISION=input_precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch_options,
     )
