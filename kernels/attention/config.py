@@ -30,6 +30,10 @@ class ForwardConfig:
             options["maxnreg"] = self.max_registers
         return options
 
+    def __str__(self) -> str:
+        tile = f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
+        return tile if self.max_registers is None else f"{tile}, {self.max_registers} registers"
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -168,6 +172,9 @@ class WeightsConfig:
     block_m: int
     block_n: int
     num_warps: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps"
 
 
 INTERPRETER_WEIGHTS_CONFIG = WeightsConfig(64, 64, 4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -169,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     failures = [row for row in rows if not row.ok]
     console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    if not console.is_terminal:
         console = Console(width=200)  # rich assumes 80 for a file, too few for this table
     shown = failures if options.failures else rows
     if shown:
