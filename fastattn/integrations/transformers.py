@@ -165,7 +165,9 @@ def attention_forward(
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         causal = causal and q.shape[1] > 1
         mask = _packed(kwargs)
-        if mask is None and sliding_window is not None and k.shape[1] > sliding_window:
+        # A causal window counts the query's own key, a bidirectional one does not.
+        widest = None if sliding_window is None else sliding_window + (not causal)
+        if mask is None and widest is not None and k.shape[1] > widest:
             raise ValueError(
                 f"sliding_window is {sliding_window} of {k.shape[1]} keys and attention_mask is "
                 "None: the window is part of the mask, which the model must make"

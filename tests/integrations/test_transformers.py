@@ -334,6 +334,15 @@ def test_a_window_without_its_mask_raises():
     fastattn_hf.attention_forward(torch.nn.Identity(), q, q, q, None, sliding_window=4)
 
 
+@pytest.mark.parametrize("make", [modernbert, qwen2])
+def test_sequences_just_as_long_as_a_window(make):
+    models = three_of(make())
+    window = models[0].config.sliding_window
+    for length in (window - 1, window, window + 1, window + 2):
+        inputs = {"input_ids": torch.randint(3, VOCAB, (2, length))}
+        assert_parity_of_models(models, inputs, torch.ones(2, length, dtype=torch.bool))
+
+
 def test_cumulative_lengths_keep_packed_sequences_apart():
     q = torch.randn(1, 2, 9, 8)
     cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
