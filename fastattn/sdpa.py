@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fastattn import masks
 from fastattn.masks import DenseMask, Joined, Lengths, Mask
 from fastattn.problem import AttentionProblem
+from fastattn.validation import values_readable
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
@@ -136,6 +137,8 @@ def _scaled_dot_product(
         return out
     # What a row without keys gives differs between SDPA's backends; here it is 0.
     some = visible.any(-1)[..., None].transpose(1, 2)
+    if values_readable(some) and bool(some.all()):
+        return out
     return torch.where(some, out, 0.0)
 
 
