@@ -336,3 +336,39 @@ def test_packed_is_each_sequence_by_itself() -> None:
         assert keys.stop - keys.start == lengths_k[i]
         assert torch.equal(out[rows], own[0])
         assert torch.equal(lse[:, rows], own_lse[0])
+
+
+def test_vectors_of_any_stride(device: str) -> None:
+    """Lengths, sinks and indices cut out of larger tensors, whose neighbours must not be read."""
+    q, k, v = make_qkv(2, 70, 90, 4, head_dim=32, device=device)
+    table = torch.tensor([[50, 7, 0], [90, 3, 1]], device=device)
+    sinks = torch.randn(4, 3, device=device)[:, 1]
+    strided = {
+        "mask": Lengths(table[:, 0], starts_k=table[:, 1]) & fastattn.Prefix(table[:, 2]),
+        "sinks": sinks,
+    }
+    whole = {
+        "mask": Lengths(table[:, 0].clone(), starts_k=table[:, 1].clone())
+        & fastattn.Prefix(table[:, 2].clone()),
+        "sinks": sinks.clone(),
+    }
+    out, lse = fastattn.attention(q, k, v, return_lse=True, impl="triton", **strided)
+    expected, expected_lse = fastattn.attention(q, k, v, return_lse=True, impl="triton", **whole)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+    chosen = torch.tensor([[3, 60], [0, 5]], device=device)
+    weights = fastattn.attention_weights(
+        q, k, lse, heads=chosen[:, 0], rows=chosen[:, 1], impl="triton", **strided
+    )
+    expected = fastattn.attention_weights(
+        q, k, lse, heads=[3, 0], rows=[60, 5], impl="triton", **whole
+    )
+    assert torch.equal(weights, expected)
+
+    cu_seqlens = torch.tensor([[0, 9], [30, 9], [70, 9]], device=device)[:, 0]
+    packed = [t[0, :70] for t in (q, k, v)]
+    out = fastattn.attention(*packed, mask=Packed(cu_seqlens), impl="triton")
+    assert torch.equal(
+        out, fastattn.attention(*packed, mask=Packed(cu_seqlens.clone()), impl="triton")
+    )

@@ -165,13 +165,8 @@ def attention_forward(
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         causal = causal and q.shape[1] > 1
         mask = _packed(kwargs)
-        # A causal window counts the query's own key, a bidirectional one does not.
-        widest = None if sliding_window is None else sliding_window + (not causal)
-        if mask is None and widest is not None and k.shape[1] > widest:
-            raise ValueError(
-                f"sliding_window is {sliding_window} of {k.shape[1]} keys and attention_mask is "
-                "None: the window is part of the mask, which the model must make"
-            )
+        if mask is None and sliding_window is not None:
+            _check_window(sliding_window, causal, k.shape[1])
     elif isinstance(attention_mask, LazyMask):
         mask = _from_lazy(attention_mask, q, k, v, whole_rows=wants_weights)
     elif attention_mask.is_floating_point():
@@ -196,6 +191,16 @@ def attention_forward(
         return out, None
     weights_impl = "auto" if _impl == "sdpa" else _impl
     return out, functional.attention_weights(q, k, impl=weights_impl, **options).to(q.dtype)
+
+
+def _check_window(sliding_window: int, causal: bool, seqlen_k: int) -> None:
+    """Raises where a window would cut keys and no mask says so."""
+    # A causal window counts the query's own key, a bidirectional one does not.
+    if seqlen_k > sliding_window + (not causal):
+        raise ValueError(
+            f"sliding_window is {sliding_window} of {seqlen_k} keys and attention_mask is None: "
+            "the window is part of the mask, which the model must make"
+        )
 
 
 def _compiling() -> bool:

@@ -1,4 +1,8 @@
-"""From torch tensors to the named tuples that kernels take; none is copied or expanded."""
+"""From torch tensors to the named tuples that kernels take.
+
+No operand is copied or expanded. Only vectors of lengths, indices and sinks, which kernels read
+with a stride of 1, are made contiguous where they are not.
+"""
 
 from dataclasses import dataclass
 
@@ -68,6 +72,11 @@ class Modifiers:
         return self.softmax_scale > 0 and self.softcap == 0 and not added
 
 
+def vector(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A one-dimensional operand with a stride of 1."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def rows(tensor: torch.Tensor) -> Rows:
     """(batch, row, head, dim), or packed (row, head, dim)."""
     stride_batch = tensor.stride(0) if tensor.dim() == 4 else 0
@@ -105,12 +114,12 @@ def problem_shape(q: torch.Tensor, k: torch.Tensor, modifiers: Modifiers) -> Sha
 def masks(modifiers: Modifiers) -> Masks:
     """The masks as a kernel takes them."""
     return Masks(
-        cu_seqlens_q=modifiers.cu_seqlens_q,
-        cu_seqlens_k=modifiers.cu_seqlens_k,
-        seqlens_q=modifiers.seqlens_q,
-        seqlens_k=modifiers.seqlens_k,
-        starts_k=modifiers.starts_k,
-        prefix=modifiers.prefix,
+        cu_seqlens_q=vector(modifiers.cu_seqlens_q),
+        cu_seqlens_k=vector(modifiers.cu_seqlens_k),
+        seqlens_q=vector(modifiers.seqlens_q),
+        seqlens_k=vector(modifiers.seqlens_k),
+        starts_k=vector(modifiers.starts_k),
+        prefix=vector(modifiers.prefix),
         window_left=None if modifiers.window_left < 0 else modifiers.window_left,
         window_right=None if modifiers.window_right < 0 else modifiers.window_right,
     )
@@ -119,7 +128,7 @@ def masks(modifiers: Modifiers) -> Masks:
 def scores(modifiers: Modifiers) -> Scores:
     """Scale, softcap and sinks as a kernel takes them."""
     softcap = float(modifiers.softcap) or None
-    return Scores(float(modifiers.softmax_scale), softcap, modifiers.sinks)
+    return Scores(float(modifiers.softmax_scale), softcap, vector(modifiers.sinks))
 
 
 def terms(modifiers: Modifiers) -> Terms:

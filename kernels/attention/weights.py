@@ -24,6 +24,7 @@ from fastattn.kernels.attention.operands import (
     rows,
     scores,
     terms,
+    vector,
 )
 from fastattn.kernels.attention.tile import (
     LOG2E,
@@ -194,8 +195,8 @@ def launch_attention_weights(
         rows(k),
         row_scalars(lse),
         Plane(weights, *weights.stride()),
-        heads,
-        chosen_rows,
+        vector(heads),
+        vector(chosen_rows),
         num_heads,
         num_rows,
         shape,
