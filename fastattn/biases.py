@@ -192,12 +192,15 @@ class T5Bias(Bias):
     def by_distance(self) -> Tensor:
         """The table by distance: (num_heads, 2 * max_distance + 1), distance -max_distance first.
 
-        Gathered by torch, so that its gradient flows back into the table.
+        Gathered by torch, so that its gradient flows back into the table; in float32 or better, so
+        that a bucket's gradient is summed in it.
         """
         buckets = _buckets_by_distance(
             self.bidirectional, self.table.shape[0], self.max_distance, self.table.device
         )
-        return self.table.index_select(0, buckets).t().contiguous()
+        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
+        # Not an index: the gradient of an embedding is summed in a fixed order on a GPU too.
+        return torch.nn.functional.embedding(buckets, table).t().contiguous()
 
     def dense(self, seqlen_q: int, seqlen_k: int, dtype: torch.dtype | None = None) -> Tensor:
         distance = key_minus_query(seqlen_q, seqlen_k, self.table.device)
@@ -227,8 +230,8 @@ class T5Bias(Bias):
 def _widen(by_distance: Tensor, radius: int) -> Tensor:
     """A bias by distance, continued to a larger radius by its outermost entries."""
     width = by_distance.shape[1] // 2
-    index = torch.arange(-radius, radius + 1, device=by_distance.device)
-    return by_distance[:, index.clamp(-width, width) + width]
+    index = torch.arange(-radius, radius + 1, device=by_distance.device).clamp(-width, width)
+    return torch.nn.functional.embedding(index + width, by_distance.t()).t()
 
 
 @dataclass(frozen=True, eq=False)

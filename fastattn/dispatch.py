@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastattn import reference, sdpa
+from fastattn.biases import ALiBi, Bias, JoinedBias
 from fastattn.problem import AttentionProblem
 from fastattn.testing.interpreter import is_interpreting
 
@@ -38,13 +40,24 @@ class Implementation:
 
 def _triton_reasons(problem: AttentionProblem) -> list[str]:
     reasons = triton_environment_reasons(problem.q.device)
-    if problem.requires_grad:
-        reasons.append("the backward pass is not written as a kernel yet (a tensor requires grad)")
-    if problem.dropout_p > 0:
-        reasons.append(f"dropout is not in the kernel yet (dropout_p={problem.dropout_p})")
+    if torch.is_grad_enabled() and _alibi_requires_grad(problem.bias):
+        reasons.append("ALiBi slopes have no gradient in the kernel, and they require grad")
+    if _in_forward_mode(problem):
+        reasons.append("forward-mode differentiation is not in the kernel (a tensor has a tangent)")
     if problem.q.dtype == torch.float64:
         reasons.append("float64 is not in the kernel, which takes float16, bfloat16 and float32")
     return reasons
+
+
+def _alibi_requires_grad(bias: Bias | None) -> bool:
+    parts = bias.parts if isinstance(bias, JoinedBias) else (bias,)
+    return any(isinstance(part, ALiBi) and part.slopes.requires_grad for part in parts)
+
+
+def _in_forward_mode(problem: AttentionProblem) -> bool:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in problem.tensors)
 
 
 def triton_environment_reasons(device: torch.device) -> list[str]:
@@ -191,4 +204,6 @@ def describe(problem: AttentionProblem) -> str:
         text += f", softcap {problem.softcap}"
     if problem.sinks is not None:
         text += ", sinks"
+    if problem.dropout is not None:
+        text += f", dropout {problem.dropout.p}"
     return text

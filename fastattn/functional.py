@@ -25,6 +25,7 @@ def attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -58,6 +59,8 @@ def attention(
         softcap: if > 0, scores become softcap * tanh(scores / softcap), before biases (Gemma 2).
         sinks: (num_heads,) logits, one a head, that join the softmax's sum without a value.
         dropout_p: probability with which weights are dropped, the others growing by 1/(1-p).
+        dropout_seed: int64 tensor of one element that fixes which (see `fastattn.dropout`); None
+            draws one from torch's generator. Weights that are dropped are never stored.
         return_lse: also return the log-sum-exp of the modified scores (with the sink).
         impl: "auto", or "triton", "sdpa" (torch's scaled_dot_product_attention), "reference" (plain
             torch, differentiable twice). One that is named runs or raises. See `explain`.
@@ -75,10 +78,11 @@ def attention(
     """
     problem = make_problem(
         q, k, v, causal=causal, mask=mask, bias=bias, softmax_scale=softmax_scale,
-        softcap=softcap, sinks=sinks, dropout_p=dropout_p, return_lse=return_lse,
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        return_lse=return_lse,
     )  # fmt: skip
     out_shape = (*q.shape[:-1], v.shape[-1])
-    if problem.is_empty and not problem.return_lse:
+    if problem.is_empty and not problem.return_lse and not problem.requires_grad:
         dispatch.select(problem, impl)
         return q.new_zeros(out_shape)
     out, lse = dispatch.run(problem, impl)
@@ -164,13 +168,15 @@ def explain(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Explanation:
     """What `attention` with these arguments would run, and why not the others. Runs nothing."""
     problem = make_problem(
         q, k, v, causal=causal, mask=mask, bias=bias, softmax_scale=softmax_scale,
-        softcap=softcap, sinks=sinks, dropout_p=dropout_p, return_lse=return_lse,
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        return_lse=return_lse,
     )  # fmt: skip
     return dispatch.explain(problem, impl)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn import biases, masks
 from fastattn.biases import Bias
+from fastattn.dropout import Dropout
 from fastattn.masks import Causal, Frame, Mask, Packed
 from fastattn.validation import check_tensor, describe
 
@@ -33,7 +34,7 @@ class AttentionProblem:
     softmax_scale: float
     softcap: float
     sinks: Tensor | None
-    dropout_p: float
+    dropout: Dropout | None
     return_lse: bool
 
     @property
@@ -84,7 +85,7 @@ class AttentionProblem:
             softmax_scale=self.softmax_scale,
             softcap=self.softcap,
             sinks=self.sinks,
-            dropout_p=self.dropout_p,
+            dropout=None if self.dropout is None else self.dropout.at(index),
             return_lse=self.return_lse,
         )
 
@@ -101,6 +102,7 @@ def make_problem(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
 ) -> AttentionProblem:
     """Checks the arguments of `fastattn.attention` and fills in defaults.
@@ -113,6 +115,7 @@ def make_problem(
     if causal:
         joined = Causal() if joined is None else joined & Causal()
     packed = masks.find_packed(joined)
+    q, k, v = (_autocast(tensor) for tensor in (q, k, v))
     q, k, v = _check_operands(q, k, v, packed)
     problem = AttentionProblem(
         q=q,
@@ -124,7 +127,7 @@ def make_problem(
         softmax_scale=_check_scale(softmax_scale, q.shape[-1]),
         softcap=_check_number("softcap", softcap, "0 (off) or a positive number", low=0.0),
         sinks=sinks,
-        dropout_p=_check_number("dropout_p", dropout_p, "a probability in [0, 1)", 0.0, 1.0),
+        dropout=_check_dropout(dropout_p, dropout_seed, q.device),
         return_lse=return_lse,
     )
     _check_flag("return_lse", return_lse)
@@ -146,6 +149,16 @@ def make_problem(
         if sinks.device != q.device:
             raise ValueError(f"sinks must be on {q.device} like q, got {describe(sinks)}")
     return problem
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """Within torch.autocast, the cast that torch's scaled_dot_product_attention makes."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return tensor
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _check_operands(
@@ -197,6 +210,19 @@ def _check_operands(
             f"{k.shape[-2]}"
         )
     return q, k, v
+
+
+def _check_dropout(p: float, seed: Tensor | None, device: torch.device) -> Dropout | None:
+    p = _check_number("dropout_p", p, "a probability in [0, 1)", 0.0, 1.0)
+    if seed is not None:
+        check_tensor("dropout_seed", seed)
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            raise ValueError(
+                f"dropout_seed must be an int64 tensor of one element on {device} like q, got "
+                f"{describe(seed)}"
+            )
+        seed = seed.reshape(1)
+    return Dropout(p, seed) if p > 0 else None
 
 
 def _check_flag(name: str, value: object) -> None:

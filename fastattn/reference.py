@@ -7,6 +7,8 @@ it is differentiable twice and in forward mode.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,14 @@ def attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same as `fastattn.attention`, from its definition. See there for the arguments."""
     problem = make_problem(
         q, k, v, causal=causal, mask=mask, bias=bias, softmax_scale=softmax_scale,
-        softcap=softcap, sinks=sinks, dropout_p=dropout_p, return_lse=return_lse,
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        return_lse=return_lse,
     )  # fmt: skip
     out, lse = run(problem)
     out = out.reshape(*q.shape[:-1], v.shape[-1])
@@ -41,6 +45,8 @@ def attention(
 
 def run(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a checked problem."""
+    if problem.dropout is not None:
+        problem = replace(problem, dropout=problem.dropout.drawn(problem.q.device))
     if problem.packed is None:
         return _attend(problem)
     pieces = [
@@ -65,8 +71,9 @@ def _attend_nothing(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 def _attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """softmax(modified scores) @ v for operands (batch, row, head, dim)."""
     weights, lse = _softmax(problem)
-    if problem.dropout_p > 0:
-        weights = torch.nn.functional.dropout(weights, problem.dropout_p)
+    if problem.dropout is not None:
+        keep = problem.dropout.keep(*weights.shape)
+        weights = weights * keep / (1.0 - problem.dropout.p)
     v = _repeat_heads(problem.v, problem.q.shape[2])
     return torch.einsum("bhmn,bnhd->bmhd", weights.to(v.dtype), v), lse
 

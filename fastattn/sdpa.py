@@ -29,6 +29,8 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append("softcap is not in torch's scaled_dot_product_attention")
     if problem.sinks is not None:
         reasons.append("sinks are not in torch's scaled_dot_product_attention")
+    if problem.dropout is not None and problem.dropout.seed is not None:
+        reasons.append("torch's scaled_dot_product_attention takes no seed for its dropout")
     if problem.return_lse:
         reasons.append("torch's scaled_dot_product_attention does not return the log-sum-exp")
     return reasons
@@ -128,7 +130,7 @@ def _scaled_dot_product(
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=attn_mask,
-        dropout_p=problem.dropout_p,
+        dropout_p=0.0 if problem.dropout is None else problem.dropout.p,
         is_causal=causal,
         scale=problem.softmax_scale,
         enable_gqa=q.shape[2] != k.shape[2],

@@ -25,21 +25,29 @@ _LIBRARY = torch.library.Library("fastattn", "DEF")
 
 # The flat form of masks and biases, in the order of the schemas; names are those of `Modifiers`.
 _SCALARS = (
-    ("softmax_scale", "float"), ("softcap", "float"), ("window_left", "int"),
-    ("window_right", "int"), ("max_seqlen_q", "SymInt"), ("max_seqlen_k", "SymInt"),
+    ("softmax_scale", "float"), ("softcap", "float"), ("dropout_p", "float"),
+    ("window_left", "int"), ("window_right", "int"), ("max_seqlen_q", "SymInt"),
+    ("max_seqlen_k", "SymInt"),
 )  # fmt: skip
 _TENSORS = (
     "cu_seqlens_q", "cu_seqlens_k", "seqlens_q", "seqlens_k", "starts_k", "prefix", "mask",
-    "bias", "alibi_slopes", "relative_bias", "sinks",
+    "bias", "alibi_slopes", "relative_bias", "sinks", "dropout_seed",
 )  # fmt: skip
 _NAMES = tuple(name for name, _ in _SCALARS) + _TENSORS
 _MODIFIERS = ", ".join(
     [f"{kind} {name}" for name, kind in _SCALARS] + [f"Tensor? {name}" for name in _TENSORS]
 )
 
+# What has a gradient, in the order of the backward operator's results.
+_DIFFERENTIABLE = ("q", "k", "v", "bias", "relative_bias", "sinks")
+
 _LIBRARY.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, bool return_lse, {_MODIFIERS})"
-    " -> (Tensor, Tensor)"
+    "attention_forward(Tensor q, Tensor k, Tensor v, bool return_lse, bool save_softmax, "
+    f"{_MODIFIERS}) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor softmax_stats, bool[] needed, {_MODIFIERS}) -> ({', '.join(['Tensor'] * 6)})"
 )
 _LIBRARY.define(
     "attention_weights(Tensor q, Tensor k, Tensor lse, Tensor? heads, Tensor? rows, bool average, "
@@ -49,9 +57,15 @@ _LIBRARY.define(
 
 def attention_forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp (empty unless asked for) of a problem, by the forward kernel."""
-    return torch.ops.fastattn.attention_forward(
-        problem.q, problem.k, problem.v, problem.return_lse, *_modifiers(problem)
+    out, lse, _ = torch.ops.fastattn.attention_forward(
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.return_lse,
+        problem.requires_grad,
+        *_modifiers(problem),
     )
+    return out, lse
 
 
 def attention_weights(
@@ -70,9 +84,12 @@ def attention_weights(
 
 def _modifiers(problem: AttentionProblem) -> list[Any]:
     """Masks and biases flattened into the operators' arguments."""
+    dropout = None if problem.dropout is None else problem.dropout.drawn(problem.q.device)
     flat = {
         "softmax_scale": problem.softmax_scale,
         "softcap": problem.softcap,
+        "dropout_p": 0.0 if dropout is None else dropout.p,
+        "dropout_seed": None if dropout is None else dropout.seed,
         "sinks": problem.sinks,
         **_fields(masks.take_apart(problem.mask)),
         **_fields(biases.take_apart(problem.bias)),
@@ -113,25 +130,28 @@ def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return tensor.fill_(float("nan")) if device_checks_enabled() else tensor
 
 
-def _allocate_forward(
-    q: Tensor, v: Tensor, return_lse: bool, packed: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of out and lse."""
-    lse_shape: tuple[int, ...] = (0,)
-    if return_lse:
-        lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
-    return (*q.shape[:-1], v.shape[-1]), lse_shape
+def _forward_shapes(
+    q: Tensor, v: Tensor, return_lse: bool, save_softmax: bool, packed: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shapes of out, lse and the saved softmax."""
+    rows = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
+    return (
+        (*q.shape[:-1], v.shape[-1]),
+        rows if return_lse else (0,),
+        (2, *rows) if save_softmax else (0,),
+    )
 
 
 @torch.library.impl(_LIBRARY, "attention_forward", "CompositeExplicitAutograd")
 def _attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, return_lse: bool, *modifiers: Any
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, return_lse: bool, save_softmax: bool, *modifiers: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     attention = _kernels()
     flat = attention.Modifiers(**dict(zip(_NAMES, modifiers, strict=True)))
-    out_shape, lse_shape = _allocate_forward(q, v, return_lse, flat.cu_seqlens_q is not None)
-    out = _empty(q, out_shape, q.dtype)
-    lse = _empty(q, lse_shape, torch.float32)
+    packed = flat.cu_seqlens_q is not None
+    shapes = _forward_shapes(q, v, return_lse, save_softmax, packed)
+    out = _empty(q, shapes[0], q.dtype)
+    lse, softmax_stats = (_empty(q, shape, torch.float32) for shape in shapes[1:])
     with _on_device(q):
         attention.launch_attention_forward(
             q,
@@ -140,18 +160,145 @@ def _attention_forward(
             out,
             lse if return_lse else None,
             flat,
+            softmax_stats=softmax_stats if save_softmax else None,
             input_precision=_input_precision(q.dtype),
         )
-    return out, lse
+    return out, lse, softmax_stats
 
 
 @torch.library.register_fake("fastattn::attention_forward")
 def _fake_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, return_lse: bool, *modifiers: Any
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, return_lse: bool, save_softmax: bool, *modifiers: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     packed = modifiers[_NAMES.index("cu_seqlens_q")] is not None
-    out_shape, lse_shape = _allocate_forward(q, v, return_lse, packed)
-    return q.new_empty(out_shape), q.new_empty(lse_shape, dtype=torch.float32)
+    out, lse, stats = _forward_shapes(q, v, return_lse, save_softmax, packed)
+    return (
+        q.new_empty(out),
+        q.new_empty(lse, dtype=torch.float32),
+        q.new_empty(stats, dtype=torch.float32),
+    )
+
+
+def _empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, needed: list[bool], modifiers: dict[str, Any]
+) -> list[Tensor]:
+    """A tensor for each gradient, in the layout of its operand; empty where it is not needed."""
+    operands = {"q": q, "k": k, "v": v, **modifiers}
+    return [
+        torch.empty_like(operands[name]) if need else q.new_empty(0)
+        for name, need in zip(_DIFFERENTIABLE, needed, strict=True)
+    ]
+
+
+@torch.library.impl(_LIBRARY, "attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_stats: Tensor,
+    needed: list[bool],
+    *modifiers: Any,
+) -> tuple[Tensor, ...]:
+    attention = _kernels()
+    flat = dict(zip(_NAMES, modifiers, strict=True))
+    results = _empty_gradients(q, k, v, needed, flat)
+    if device_checks_enabled():
+        for result in results:
+            result.fill_(float("nan"))
+    dq, dk, dv, dbias, drelative, dsinks = (
+        result if need else None for result, need in zip(results, needed, strict=True)
+    )
+    if dbias is not None:
+        dbias.zero_()  # tiles that nobody sees are not visited
+    with _on_device(q):
+        attention.launch_attention_backward(
+            q,
+            k,
+            v,
+            out,
+            softmax_stats,
+            dout,
+            dlse,
+            attention.Modifiers(**flat),
+            attention.Gradients(dq, dk, dv, dbias, drelative, dsinks),
+            input_precision=_input_precision(q.dtype),
+        )
+    return tuple(results)
+
+
+@torch.library.register_fake("fastattn::attention_backward")
+def _fake_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_stats: Tensor,
+    needed: list[bool],
+    *modifiers: Any,
+) -> tuple[Tensor, ...]:
+    return tuple(_empty_gradients(q, k, v, needed, dict(zip(_NAMES, modifiers, strict=True))))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, return_lse, save_softmax, *modifiers = inputs
+    out, _, softmax_stats = output
+    tensors = modifiers[len(_SCALARS) :]
+    ctx.save_for_backward(q, k, v, out, softmax_stats, *tensors)
+    ctx.scalars = modifiers[: len(_SCALARS)]
+    ctx.saved_softmax, ctx.returned_lse = save_softmax, return_lse
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, dstats: Tensor | None
+) -> tuple[Any, ...]:
+    q, k, v, out, softmax_stats, *tensors = ctx.saved_tensors
+    if not ctx.saved_softmax:
+        raise RuntimeError(
+            "fastattn::attention_forward must be called with save_softmax=True to have gradients; "
+            "fastattn.attention does so"
+        )
+    positions = {"q": 0, "k": 1, "v": 2}
+    for name in _DIFFERENTIABLE[3:]:
+        positions[name] = 5 + _NAMES.index(name)
+    needed = [ctx.needs_input_grad[positions[name]] for name in _DIFFERENTIABLE]
+    gradients: list[Tensor | None] = [None] * (5 + len(_NAMES))
+    if dout is None:
+        dout = out.new_zeros(()).expand_as(out)
+    results = torch.ops.fastattn.attention_backward(
+        dout,
+        dlse if ctx.returned_lse else None,
+        q,
+        k,
+        v,
+        out,
+        softmax_stats,
+        needed,
+        *ctx.scalars,
+        *tensors,
+    )
+    for name, need, result in zip(_DIFFERENTIABLE, needed, results, strict=True):
+        if need:
+            gradients[positions[name]] = result
+    return tuple(gradients)
+
+
+def _no_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
+    raise NotImplementedError(
+        "fastattn's Triton kernels have no gradient of their gradient (double backward): pass "
+        'impl="reference" to fastattn.attention, plain torch that is differentiable twice'
+    )
+
+
+torch.library.register_autograd(
+    "fastattn::attention_forward", _backward, setup_context=_save_for_backward
+)
+torch.library.register_autograd("fastattn::attention_backward", _no_double_backward)
 
 
 def _weights_shape(

@@ -8,14 +8,14 @@ interpreter gets through them, but never a multiple of a tile.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.biases import ALiBi, T5Bias, alibi_slopes
-from fastattn.masks import Causal, Lengths, Packed, Prefix, Window
+from fastattn.biases import ALiBi, Bias, DenseBias, JoinedBias, T5Bias, alibi_slopes, as_bias, join
+from fastattn.masks import Causal, Lengths, Mask, Packed, Prefix, Window, as_mask, find_packed
 from fastattn.testing.inputs import make_cu_seqlens, make_qkv
 
 __all__ = ["FEATURES", "Case", "Draw", "Feature", "find_features"]
@@ -32,9 +32,59 @@ class Case:
     v: Tensor
     kwargs: Kwargs = field(default_factory=dict)
 
-    def double(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v in float64: the same numbers, for the exact result."""
-        return self.q.double(), self.k.double(), self.v.double()
+    def call(self, attention: Callable[..., Any], **options: Any) -> Any:
+        """What `attention` returns for these arguments, and options beside them."""
+        return attention(self.q, self.k, self.v, **self.kwargs, **options)
+
+    def with_tensors(self, change: Callable[[str, Tensor], Tensor]) -> Case:
+        """The same call with `change(name, tensor)` in the place of each floating tensor.
+
+        Names are "q", "k", "v", "bias" (a dense one), "table" (T5), "slopes" (ALiBi), "sinks".
+        """
+        kwargs = dict(self.kwargs)
+        if "bias" in kwargs:
+            kwargs["bias"] = _change_bias(kwargs["bias"], change)
+        if "sinks" in kwargs:
+            kwargs["sinks"] = change("sinks", kwargs["sinks"])
+        return Case(change("q", self.q), change("k", self.k), change("v", self.v), kwargs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The floating tensors by the names of `with_tensors`."""
+        found: dict[str, Tensor] = {}
+
+        def note(name: str, tensor: Tensor) -> Tensor:
+            if name in found:
+                raise ValueError(f"a call may have one {name} here, got two")
+            return found.setdefault(name, tensor)
+
+        self.with_tensors(note)
+        return found
+
+    def double(self) -> Case:
+        """The same numbers in float64, for the exact result."""
+        return self.with_tensors(lambda name, tensor: tensor.double())
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Shape of the log-sum-exp of this call."""
+        rows, heads = self.q.shape[-3:-1]
+        mask: Mask | Tensor | None = self.kwargs.get("mask")
+        packed = mask is not None and find_packed(as_mask(mask)) is not None
+        return (heads, rows) if packed else (self.q.shape[0], heads, rows)
+
+
+def _change_bias(bias: Bias | Tensor, change: Callable[[str, Tensor], Tensor]) -> Bias | Tensor:
+    if isinstance(bias, JoinedBias):
+        return join(*(as_bias(_change_bias(part, change)) for part in bias.parts))
+    if isinstance(bias, Tensor):
+        return change("bias", bias)
+    if isinstance(bias, DenseBias):
+        return DenseBias(change("bias", bias.tensor))
+    if isinstance(bias, T5Bias):
+        return replace(bias, table=change("table", bias.table))
+    if isinstance(bias, ALiBi):
+        return replace(bias, slopes=change("slopes", bias.slopes))
+    raise TypeError(f"bias must be a tensor, ALiBi or T5Bias, or a sum of them, got {bias!r}")
 
 
 class Draw:
@@ -89,6 +139,9 @@ class Feature:
             dimension, with NaN between the elements), "expanded" (stride 0 over the batch).
         packed: without the batch axis; batch must be 1.
         weights: whether `attention_weights` is verified too.
+        gradient: what is differentiated where gradients are verified: "both" out and lse, "out",
+            "lse", or "sum": `out.sum()` of a call that returns no lse, whose gradient is one number
+            with stride 0 in every dimension.
     """
 
     name: str
@@ -103,12 +156,13 @@ class Feature:
     layout: str = "bshd"
     packed: bool = False
     weights: bool = False
+    gradient: str = "both"
 
     def case(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Case:
         """The row's arguments in a dtype on a device; the same numbers each time."""
         q, k, v = make_qkv(
             self.batch,
-            self.seqlen_q,
+            max(self.seqlen_q, 1),
             max(self.seqlen_k, 1),
             self.num_heads,
             self.num_heads_kv,
@@ -117,11 +171,40 @@ class Feature:
             dtype=dtype,
             device=device,
         )
-        k, v = k[:, : self.seqlen_k], v[:, : self.seqlen_k]
+        q, k, v = q[:, : self.seqlen_q], k[:, : self.seqlen_k], v[:, : self.seqlen_k]
         q, k, v = (_LAYOUTS[self.layout](tensor) for tensor in (q, k, v))
         if self.packed:
             q, k, v = q[0], k[0], v[0]
         return Case(q, k, v, self.modifiers(Draw(dtype, device)))
+
+    def output_gradients(self, case: Case) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of out and of lse, to start the row's backward pass from; None is no part.
+
+        Normal values of a seed of their own, out's in its dtype, lse's in float32 or better. Both
+        are strided as the row's layout says. lse's is not 0 where lse is -inf: the gradient must
+        stop there by itself.
+
+        Raises:
+            ValueError: the row's `gradient` is not known.
+        """
+        if self.gradient not in _GRADIENTS:
+            raise ValueError(f"gradient must be one of {list(_GRADIENTS)}, got {self.gradient!r}")
+        generator = torch.Generator().manual_seed(2)
+        out_shape = (self.batch, *case.q.shape[-3:-1], case.v.shape[-1])
+        out, lse = (
+            torch.randn(shape, generator=generator).to(case.q.device)
+            for shape in (out_shape, case.lse_shape)
+        )
+        out = _LAYOUTS[self.layout](out.to(case.q.dtype))
+        if self.packed:
+            out = out[0]
+        if self.gradient == "sum":
+            return out.new_ones(()).expand(out.shape), None
+        lse = lse.to(torch.promote_types(case.q.dtype, torch.float32))
+        if self.layout == "gaps":
+            lse = torch.stack([lse, torch.full_like(lse, float("nan"))], -1)[..., 0]
+        wanted = _GRADIENTS[self.gradient]
+        return out if "out" in wanted else None, lse if "lse" in wanted else None
 
 
 def _with_gaps(tensor: Tensor) -> Tensor:
@@ -138,6 +221,9 @@ _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "gaps": _with_gaps,
     "expanded": lambda tensor: tensor[:1].expand_as(tensor),
 }
+
+
+_GRADIENTS = {"both": ("out", "lse"), "out": ("out",), "lse": ("lse",), "sum": ("out",)}
 
 
 def _causal(draw: Draw) -> Kwargs:
@@ -190,6 +276,11 @@ def _everything_packed(draw: Draw) -> Kwargs:
     }
 
 
+def _dropout(draw: Draw, p: float = 0.1) -> Kwargs:
+    # More than 32 bits, since the seed's two halves are used apart.
+    return {"dropout_p": p, "dropout_seed": draw.ints(2**40 + 7, dtype=torch.int64)}
+
+
 _HEAD_DIMS = (1, 16, 40, 64, 72, 80, 96, 128, 160, 256)
 
 # fmt: off
@@ -204,9 +295,12 @@ FEATURES: tuple[Feature, ...] = (
     Feature("one query, one key", seqlen_q=1, seqlen_k=1),
     Feature("one past a tile", seqlen_q=129, seqlen_k=65),
     Feature("one short of a tile", _causal, seqlen_q=63, seqlen_k=127),
+    Feature("one key", seqlen_k=1),
     Feature("no keys", seqlen_k=0, weights=True),
+    Feature("no queries", seqlen_q=0),
     # heads and layouts
     Feature("grouped-query", num_heads=4, weights=True),
+    Feature("grouped-query, groups of 4", _causal, num_heads=8, seqlen_q=70, seqlen_k=130),
     Feature("multi-query", _causal, num_heads=3, num_heads_kv=1),
     *(
         Feature(f"head_dim {dim}", _causal, head_dim=dim, batch=1, num_heads=1, num_heads_kv=1,
@@ -274,6 +368,11 @@ FEATURES: tuple[Feature, ...] = (
     Feature("bias, broadcast over heads", lambda draw: {"bias": draw.normal(2, 1, 100, 100)}),
     Feature("bias, broadcast over rows", lambda draw: {"bias": draw.normal(2, 2, 1, 100)}),
     Feature("bias, broadcast over keys", lambda draw: {"bias": draw.normal(2, 1, 100, 1)}),
+    Feature("bias, broadcast over all but heads", lambda draw: {"bias": draw.normal(1, 2, 1, 1)}),
+    Feature("bias, broadcast over all but keys", lambda draw: {"bias": draw.normal(100)}),
+    Feature("bias, grouped-query",
+            lambda draw: {"bias": draw.normal(1, 4, 129, 65)}, num_heads=4, seqlen_q=129,
+            seqlen_k=65),
     Feature("bias, float32 whatever q is",
             lambda draw: {"bias": draw.normal(2, 2, 100, 100).float(), "causal": True}),
     Feature("bias of -inf and lowest values", _bias_with_infinities, weights=True),
@@ -290,16 +389,35 @@ FEATURES: tuple[Feature, ...] = (
     Feature("T5Bias, far tiles",
             lambda draw: {"bias": T5Bias(draw.normal(8, 2), max_distance=20), "softmax_scale": 1.0},
             batch=1, seqlen_q=200, seqlen_k=200),
+    Feature("T5Bias, float32 whatever q is, grouped-query",
+            lambda draw: {"bias": T5Bias(draw.normal(32, 4).float()), "causal": True},
+            num_heads=4, seqlen_q=129, seqlen_k=65),
     Feature("softcap", lambda draw: {"softcap": 2.0, "softmax_scale": 1.0}, weights=True),
     Feature("softcap, far from saturation", lambda draw: {"softcap": 1e3, "causal": True}),
     Feature("sinks", lambda draw: {"sinks": draw.normal(2, std=2.0), "causal": True}, weights=True),
     Feature("sinks, rows without keys",
             lambda draw: {"sinks": draw.normal(2), "causal": True}, seqlen_q=150, seqlen_k=70),
+    Feature("sinks, float32 whatever q is, grouped-query",
+            lambda draw: {"sinks": draw.normal(4).float()}, num_heads=4),
     Feature("softmax_scale", lambda draw: {"softmax_scale": 0.05}),
     Feature("softmax_scale 0", lambda draw: {"softmax_scale": 0.0, "causal": True}),
     Feature("softmax_scale < 0", lambda draw: {"softmax_scale": -0.2, "causal": True},
             weights=True),
     Feature("large scores", lambda draw: {"softmax_scale": 8.0}),
+    # what training adds
+    Feature("dropout", _dropout),
+    Feature("dropout, causal, grouped-query", lambda draw: {**_dropout(draw), "causal": True},
+            num_heads=4, seqlen_q=70, seqlen_k=150),
+    Feature("dropout 0.9, everything, packed",
+            lambda draw: {**_everything_packed(draw), **_dropout(draw, 0.9)},
+            batch=1, seqlen_q=116, seqlen_k=151, num_heads_kv=1, packed=True),
+    Feature("gradient of out.sum()", _causal, gradient="sum"),
+    Feature("gradient of out.sum(), everything, packed", _everything_packed, batch=1,
+            seqlen_q=116, seqlen_k=151, num_heads_kv=1, packed=True, gradient="sum"),
+    Feature("gradient of out alone", _causal, num_heads=4, gradient="out"),
+    Feature("gradient of lse alone",
+            lambda draw: {"bias": draw.normal(2, 100, 100), "sinks": draw.normal(2)},
+            gradient="lse"),
     # all at once
     Feature("everything", _everything, seqlen_q=130, seqlen_k=150, num_heads_kv=1, layout="gaps",
             weights=True),

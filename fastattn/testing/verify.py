@@ -5,7 +5,9 @@
 
 Each row of `fastattn.testing.features` runs through the Triton kernels in each dtype. Output,
 log-sum-exp and, where the row asks for them, attention weights are measured by the parity rule of
-`fastattn.testing.tolerance`: against float64, beside plain torch in the same dtype.
+`fastattn.testing.tolerance`: against float64, beside plain torch in the same dtype. With
+`grad=True` the gradients are too, each by itself: those of float64 autograd are exact, those of
+autograd in the same dtype the measure, both of `fastattn.reference`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from fastattn import functional, reference
 from fastattn.dispatch import triton_environment_reasons
+from fastattn.testing import gradients
 from fastattn.testing.features import FEATURES, Case, Feature
 from fastattn.testing.interpreter import bounds_checked, is_interpreting
 from fastattn.testing.tolerance import Comparison, compare
@@ -32,6 +36,7 @@ from fastattn.validation import device_checks
 __all__ = ["DTYPES", "Result", "check_feature", "verify"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_GRADIENTS = tuple(f"d{name}" for name in gradients.DIFFERENTIABLE)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ class Result:
 
     Attributes:
         feature, dtype: which; dtype is "fp32", "fp16" or "bf16".
-        parts: comparisons of "out", "lse" and perhaps "weights"; empty if the call raised.
+        parts: comparisons of "out", "lse" and perhaps "weights", and of the gradients where they
+            are verified: "dq", "dk", "dv" and, where the row has such a tensor, "dbias", "dtable",
+            "dsinks". Empty if the call raised.
         error: what it raised, else "".
         seconds: time of the row, its references included.
     """
@@ -69,9 +76,10 @@ class Result:
         return f"FAIL: {', '.join(failed)}" if failed else "pass"
 
     @property
-    def worst(self) -> Comparison | None:
-        """The part that uses most of what the rule allows."""
-        return max(self.parts.values(), key=_share_of_allowed, default=None)
+    def worst_gradient(self) -> str | None:
+        """Name of the gradient that uses most of what the rule allows; None without gradients."""
+        names = [name for name in self.parts if name in _GRADIENTS]
+        return max(names, key=lambda name: _share_of_allowed(self.parts[name]), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -102,50 +110,65 @@ def _share_of_allowed(part: Comparison) -> float:
 
 
 def check_feature(
-    feature: Feature, dtype: str, device: torch.device | str = "cpu", impl: str = "triton"
+    feature: Feature,
+    dtype: str,
+    device: torch.device | str = "cpu",
+    impl: str = "triton",
+    *,
+    grad: bool = False,
+    lse: bool = True,
 ) -> Result:
     """Runs one row in one dtype and measures it. An error of the call is raised, not caught.
 
     Kernels write into outputs full of NaN and the values of lengths are checked. In the interpreter
-    every access outside the elements of the operands raises.
+    every access outside the elements of the operands raises. All of that holds for the backward
+    pass too.
+
+    Args:
+        feature: the row.
+        dtype: "fp32", "fp16" or "bf16".
+        device: where to run.
+        impl: what is verified, as in `fastattn.attention`.
+        grad: run the backward pass too and verify each gradient (`fastattn.testing.gradients`).
+        lse: ask for the log-sum-exp; if not, neither it nor weights are verified, nor what flows
+            back through it.
+
+    Raises:
+        ValueError: the reference itself gives NaN or infinity for a gradient.
     """
     started = time.perf_counter()
     case = feature.case(DTYPES[dtype], device)
-    with device_checks(), _bounds_checked(case):
-        out, lse = _attention(functional.attention, case, impl=impl)
-        weights = None
-        if feature.weights:
-            weights = functional.attention_weights(case.q, case.k, lse, impl=impl, **case.kwargs)
-    exact = _attention(reference.attention, case, *case.double())
-    baseline = _attention(reference.attention, case)
-    parts = {
-        "out": compare(out, baseline[0], exact[0]),
-        "lse": compare(lse, baseline[1], exact[1]),
-    }
-    if weights is not None:
+    starts = feature.output_gradients(case) if grad else None
+    lse = lse and not (grad and feature.gradient == "sum")
+    run = partial(gradients.run, output_gradients=starts, return_lse=lse)
+    with device_checks(), _bounds_checked(case, starts):
+        actual = run(partial(functional.attention, impl=impl), case)
+        if feature.weights and lse:
+            actual["weights"] = _weights(case, actual["lse"], impl)
+    exact = run(reference.attention, case.double())
+    baseline = run(reference.attention, case)
+    for name in _GRADIENTS:
+        if name in exact and not bool(torch.isfinite(exact[name]).all()):
+            raise ValueError(f"{name} of the reference in float64 is NaN or infinite somewhere")
+    if "weights" in actual:
         # Like the kernel's, the baseline's weights come from the log-sum-exp of a call before.
-        baseline_weights = functional.attention_weights(
-            case.q, case.k, baseline[1], impl="reference", **case.kwargs
-        )
-        exact_weights = functional.attention_weights(
-            *case.double()[:2], impl="reference", **case.kwargs
-        )
-        parts["weights"] = compare(weights, baseline_weights, exact_weights)
+        baseline["weights"] = _weights(case, baseline["lse"], "reference")
+        exact["weights"] = _weights(case.double(), None, "reference")
+    parts = {name: compare(actual[name], baseline[name], exact[name]) for name in exact}
     return Result(feature.name, dtype, parts, seconds=time.perf_counter() - started)
 
 
-def _attention(
-    function: Callable[..., Any], case: Case, *operands: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
-    operands = operands or (case.q, case.k, case.v)
-    out, lse = function(*operands, return_lse=True, **case.kwargs, **options)
-    return out, lse
+def _weights(case: Case, lse: Tensor | None, impl: str) -> Tensor:
+    return functional.attention_weights(case.q, case.k, lse, impl=impl, **case.kwargs)
 
 
-def _bounds_checked(case: Case) -> AbstractContextManager[None]:
+def _bounds_checked(
+    case: Case, starts: tuple[Tensor | None, Tensor | None] | None
+) -> AbstractContextManager[None]:
     if not is_interpreting() or case.q.device.type != "cpu":
         return nullcontext()
-    return bounds_checked(q=case.q, k=case.k, v=case.v)
+    out, lse = starts or (None, None)
+    return bounds_checked(**case.tensors(), grad_out=out, grad_lse=lse)
 
 
 def verify(
@@ -153,6 +176,7 @@ def verify(
     dtypes: Iterable[str] = tuple(DTYPES),
     features: Sequence[Feature] | None = None,
     *,
+    grad: bool = False,
     jobs: int = 1,
     progress: Callable[[Result], None] | None = None,
 ) -> list[Result]:
@@ -163,6 +187,7 @@ def verify(
             triton is imported).
         dtypes: of "fp32", "fp16", "bf16".
         features: rows of `fastattn.testing.features`; default all.
+        grad: verify gradients too.
         jobs: processes to share the rows among, on the CPU. They import the main module anew, so a
             script that asks for several needs its `if __name__ == "__main__"`.
         progress: called with each result when it is there.
@@ -186,20 +211,22 @@ def verify(
     rows = FEATURES if features is None else features
     tasks = [(feature, dtype) for feature in rows for dtype in dtypes]
     results = []
-    for result in _run(tasks, device, min(jobs, len(tasks))):
+    for result in _run(tasks, device, grad, min(jobs, len(tasks))):
         results.append(result)
         if progress is not None:
             progress(result)
     return results
 
 
-def _run(tasks: list[tuple[Feature, str]], device: torch.device, jobs: int) -> Iterator[Result]:
+def _run(
+    tasks: list[tuple[Feature, str]], device: torch.device, grad: bool, jobs: int
+) -> Iterator[Result]:
     if jobs <= 1 or device.type != "cpu":
-        yield from (_check_or_report(feature, dtype, device) for feature, dtype in tasks)
+        yield from (_check_or_report(feature, dtype, device, grad) for feature, dtype in tasks)
         return
     if any(feature not in FEATURES for feature, _ in tasks):
         raise ValueError(f"jobs must be 1 for rows that are not in FEATURES, got {jobs}")
-    names = [(feature.name, dtype) for feature, dtype in tasks]
+    names = [(feature.name, dtype, grad) for feature, dtype in tasks]
     # Spawned, not forked: torch's threads do not survive a fork.
     with ProcessPoolExecutor(
         jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
@@ -207,17 +234,17 @@ def _run(tasks: list[tuple[Feature, str]], device: torch.device, jobs: int) -> I
         yield from pool.map(_check_by_name, names)
 
 
-def _check_by_name(task: tuple[str, str]) -> Result:
+def _check_by_name(task: tuple[str, str, bool]) -> Result:
     """In a worker process: the rows hold functions, which do not travel, so their names do."""
-    name, dtype = task
+    name, dtype, grad = task
     feature = next(row for row in FEATURES if row.name == name)
-    return _check_or_report(feature, dtype, torch.device("cpu"))
+    return _check_or_report(feature, dtype, torch.device("cpu"), grad)
 
 
-def _check_or_report(feature: Feature, dtype: str, device: torch.device) -> Result:
+def _check_or_report(feature: Feature, dtype: str, device: torch.device, grad: bool) -> Result:
     started = time.perf_counter()
     try:
-        return check_feature(feature, dtype, device)
+        return check_feature(feature, dtype, device, grad=grad)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         seconds = time.perf_counter() - started

@@ -13,8 +13,8 @@ import torch
 
 
 @dataclass(frozen=True)
-class ForwardConfig:
-    """Tile sizes and launch options of the forward kernel."""
+class TileConfig:
+    """Tile sizes and launch options of a kernel that walks over tiles."""
 
     block_m: int
     block_n: int
@@ -39,9 +39,9 @@ class ForwardConfig:
 class Tiles:
     """The tiles of one chip, dtype and head dimension."""
 
-    plain: ForwardConfig
-    modified: ForwardConfig
-    crowded: ForwardConfig
+    plain: TileConfig
+    modified: TileConfig
+    crowded: TileConfig
 
 
 _Tile = tuple[int, int, int, int]
@@ -50,7 +50,7 @@ _Tile = tuple[int, int, int, int]
 def _tiles(
     plain: _Tile, modified: _Tile, crowded: _Tile, max_registers: int | None = None
 ) -> Tiles:
-    return Tiles(*(ForwardConfig(*tile, max_registers) for tile in (plain, modified, crowded)))
+    return Tiles(*(TileConfig(*tile, max_registers) for tile in (plain, modified, crowded)))
 
 
 # (block_m, block_n, num_warps, num_stages) by chip and by head dimension up to the key.
@@ -103,11 +103,11 @@ FLOAT32_CONFIGS: dict[str, dict[int, Tiles]] = {
 }
 
 # In the interpreter a tile costs about the same whatever its size.
-INTERPRETER_CONFIG = ForwardConfig(64, 64, 4, 1)
+INTERPRETER_CONFIG = TileConfig(64, 64, 4, 1)
 
 # What the sweep of `make gpu` tries beside the selected tiles.
 FORWARD_CANDIDATES = tuple(
-    ForwardConfig(block_m, block_n, num_warps, num_stages)
+    TileConfig(block_m, block_n, num_warps, num_stages)
     for block_m, block_n, num_warps in (
         (128, 128, 8),
         (128, 64, 8),
@@ -147,7 +147,7 @@ def tiles(chip: str, head_dim: int, dtype: torch.dtype) -> Tiles:
 
 def select_forward_config(
     chip: str, head_dim: int, dtype: torch.dtype, seqlen_q: int, num_modifiers: int
-) -> ForwardConfig:
+) -> TileConfig:
     """The tile for a problem.
 
     Args:
@@ -163,6 +163,29 @@ def select_forward_config(
     if num_modifiers > 1 or seqlen_q <= 64:
         return chosen.crowded
     return chosen.modified if num_modifiers else chosen.plain
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Tiles of the backward kernels: by rows (dQ), by keys (dK, dV), and of a shared dense bias."""
+
+    rows: TileConfig
+    keys: TileConfig
+    bias: TileConfig
+
+
+def select_backward_config(
+    chip: str, head_dim: int, dtype: torch.dtype, num_modifiers: int, by_distance: bool
+) -> BackwardConfig:
+    """The backward tiles for a problem.
+
+    Args:
+        chip, head_dim, dtype, num_modifiers: as for `select_forward_config`.
+        by_distance: whether a bias by distance needs a gradient: block_m <= block_n by rows then.
+    """
+    if chip == "interpreter":
+        return BackwardConfig(INTERPRETER_CONFIG, INTERPRETER_CONFIG, INTERPRETER_CONFIG)
+    raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -11,32 +11,37 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention.config import (
-    ForwardConfig,
+    TileConfig,
     chip_of,
     padded_dim,
     select_forward_config,
 )
 from fastattn.kernels.attention.operands import (
     Modifiers,
+    dropout,
     masks,
     needs_wide_offsets,
     problem_shape,
     row_scalars,
     rows,
     scores,
+    softmax_rows,
     terms,
 )
 from fastattn.kernels.attention.tile import (
     LN2,
     LOG2E,
     Terms,
+    add_terms,
+    cut_scores,
     exponential,
     head_base,
+    kept_weights,
     key_ranges,
     load_sequence,
     load_tile,
-    modify_scores,
     row_offsets,
+    scale_scores,
     visible_keys,
 )
 
@@ -48,9 +53,12 @@ def _attention_forward_kernel(
     v,
     out,
     lse,
+    saved_shift,
+    saved_log_total,
     shape,
     masks,
     scores,
+    dropout,
     mask,
     bias,
     alibi,
@@ -129,22 +137,21 @@ def _attention_forward_kernel(
                 WIDE=WIDE,
             )
             products = tl.dot(q_tile, k_tile.T, input_precision=INPUT_PRECISION)
-            s = modify_scores(
-                products,
-                scores,
+            s = scale_scores(products, scores, LAZY_SCALE, PRECISE)
+            s = add_terms(
+                s,
                 terms,
                 seq,
                 head,
                 start_m,
                 start_n,
-                row,
-                col,
-                first,
-                end,
-                stretch != 1,
-                LAZY_SCALE,
-                PRECISE,
+                row[:, None],
+                col[None, :],
+                BLOCK_M,
+                BLOCK_N,
             )
+            if stretch != 1:
+                s = cut_scores(s, col[None, :], first[:, None], end[:, None])
             new_maximum = tl.maximum(maximum, tl.max(s, 1))
             shift = new_maximum
             if stretch != 1 or MAY_BE_EMPTY:
@@ -152,6 +159,9 @@ def _attention_forward_kernel(
             p = exponential(s, shift[:, None], exponent_scale, SUBTRACT_FIRST)
             decay = exponential(maximum, shift, exponent_scale, SUBTRACT_FIRST)
             total = total * decay + tl.sum(p, 1)
+            if dropout.seed is not None:
+                keep = kept_weights(dropout, index, head, row, start_n, BLOCK_M, BLOCK_N)
+                p = tl.where(keep, p, 0.0)
             acc = acc * decay[:, None]
             v_tile = load_tile(
                 v,
@@ -174,6 +184,8 @@ def _attention_forward_kernel(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = tl.where((dead | empty)[:, None], 0.0, acc / total[:, None])
+    if dropout.seed is not None:
+        acc *= dropout.growth
     inside = local_row < seq.rows - start_m
     dim = tl.arange(0, BLOCK_DV)
     pointers = head_base(out, index, head, seq.begin_q + start_m)
@@ -182,11 +194,17 @@ def _attention_forward_kernel(
     keep = inside[:, None] & (dim < HEAD_DIM_V)[None, :]
     tl.store(pointers, acc.to(out.ptr.dtype.element_ty), mask=keep)
     if lse.ptr is not None:
-        if LAZY_SCALE:
-            maximum *= scores.scale
-        value = tl.where(empty, float("-inf"), maximum + tl.log2(total) * LN2)
+        natural = maximum * scores.scale if LAZY_SCALE else maximum
+        value = tl.where(empty, float("-inf"), natural + tl.log2(total) * LN2)
         pointers = head_base(lse, index, head, seq.begin_q + start_m) + local_row * lse.stride_row
         tl.store(pointers, value, mask=inside)
+    if saved_shift.ptr is not None:
+        # For the backward pass, where an infinite shift makes the weights of these rows 0.
+        value = tl.where(dead | empty, float("inf"), maximum)
+        pointers = head_base(saved_shift, index, head, seq.begin_q + start_m)
+        tl.store(pointers + local_row * saved_shift.stride_row, value, mask=inside)
+        pointers = head_base(saved_log_total, index, head, seq.begin_q + start_m)
+        tl.store(pointers + local_row * saved_log_total.stride_row, tl.log2(total), mask=inside)
 
 
 def launch_attention_forward(
@@ -197,14 +215,18 @@ def launch_attention_forward(
     lse: torch.Tensor | None,
     modifiers: Modifiers,
     *,
+    softmax_stats: torch.Tensor | None = None,
     input_precision: str = "ieee",
-    config: ForwardConfig | None = None,
+    config: TileConfig | None = None,
 ) -> None:
-    """Writes attention of q over k and v into `out`, and the log-sum-exp into `lse` if given.
+    """Writes attention of q over k and v into `out`, the log-sum-exp into `lse` if given.
 
     q is (batch, seqlen_q, num_heads, head_dim), k and v are (batch, seqlen_k, num_heads_kv, ...),
     any strides; packed operands have no batch axis. `lse` is float32 (batch, num_heads, seqlen_q),
-    packed (num_heads, total_q). Arguments are taken as valid: the callers check them.
+    packed (num_heads, total_q). `softmax_stats`, float32 (2, *shape of lse), gets what the backward
+    pass rebuilds the weights from: the largest score, in the kernel's own units, and log2 of the
+    sum. (Where all scores of a row are huge, their log-sum-exp alone would lose that sum.)
+    Arguments are taken as valid: the callers check them.
     """
     packed = modifiers.cu_seqlens_q is not None
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
@@ -227,9 +249,11 @@ def launch_attention_forward(
         rows(v),
         rows(out),
         row_scalars(lse),
+        *softmax_rows(softmax_stats),
         shape,
         masks(modifiers),
         scores(modifiers),
+        dropout(modifiers),
         *terms(modifiers),
         HEAD_DIM=head_dim,
         HEAD_DIM_V=head_dim_v,

@@ -10,6 +10,7 @@ import torch
 
 from fastattn.kernels.attention.tile import (
     Distances,
+    Dropout,
     HeadScalars,
     Masks,
     Plane,
@@ -28,11 +29,13 @@ class Modifiers:
     Windows are -1 where unlimited. Lengths are integer tensors with an entry a sequence. `mask`
     (bool) and `bias` are (batch, head, row, column) with broadcast axes of size 1 or stride 0.
     `alibi_slopes` is (batch or 1, num_heads), `relative_bias` (num_heads, 2 * radius + 1),
-    `sinks` (num_heads,). max_seqlen_* count only with cu_seqlens_*.
+    `sinks` (num_heads,), `dropout_seed` int64 (1,), used where dropout_p > 0. max_seqlen_* count
+    only with cu_seqlens_*.
     """
 
     softmax_scale: float
     softcap: float = 0.0
+    dropout_p: float = 0.0
     window_left: int = -1
     window_right: int = -1
     max_seqlen_q: int = 0
@@ -48,6 +51,7 @@ class Modifiers:
     alibi_slopes: torch.Tensor | None = None
     relative_bias: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    dropout_seed: torch.Tensor | None = None
 
     @property
     def has_bias(self) -> bool:
@@ -57,10 +61,14 @@ class Modifiers:
 
     @property
     def count(self) -> int:
-        """How many modifiers need registers of their own: softcap, biases, dense mask, left cut."""
+        """How many modifiers need registers of their own.
+
+        Softcap, biases, dense mask, dropout, a cut on the left.
+        """
         tensors = (self.bias, self.alibi_slopes, self.relative_bias, self.mask)
         cut_left = self.window_left >= 0 or self.starts_k is not None
-        return sum(tensor is not None for tensor in tensors) + (self.softcap > 0) + cut_left
+        flags = (self.softcap > 0, self.dropout_p > 0, cut_left)
+        return sum(tensor is not None for tensor in tensors) + sum(flags)
 
     @property
     def lazy_scale(self) -> bool:
@@ -77,8 +85,10 @@ def vector(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def rows(tensor: torch.Tensor) -> Rows:
+def rows(tensor: torch.Tensor | None) -> Rows:
     """(batch, row, head, dim), or packed (row, head, dim)."""
+    if tensor is None:
+        return Rows(None, None, None, None, None)
     stride_batch = tensor.stride(0) if tensor.dim() == 4 else 0
     return Rows(tensor, stride_batch, tensor.stride(-3), tensor.stride(-2), tensor.stride(-1))
 
@@ -89,6 +99,13 @@ def row_scalars(tensor: torch.Tensor | None) -> RowScalars:
         return RowScalars(None, None, None, None)
     stride_batch = tensor.stride(0) if tensor.dim() == 3 else 0
     return RowScalars(tensor, stride_batch, tensor.stride(-2), tensor.stride(-1))
+
+
+def softmax_rows(stats: torch.Tensor | None) -> tuple[RowScalars, RowScalars]:
+    """Both parts of the saved softmax, (2, batch, head, row): largest score, log2 of the sum."""
+    if stats is None:
+        return row_scalars(None), row_scalars(None)
+    return row_scalars(stats[0]), row_scalars(stats[1])
 
 
 def plane(tensor: torch.Tensor | None) -> Plane:
@@ -131,6 +148,16 @@ def scores(modifiers: Modifiers) -> Scores:
     return Scores(float(modifiers.softmax_scale), softcap, vector(modifiers.sinks))
 
 
+def dropout(modifiers: Modifiers) -> Dropout:
+    """Dropout as a kernel takes it."""
+    p = modifiers.dropout_p
+    if p == 0:
+        return Dropout(None, None, None)
+    # The threshold is that of `fastattn.dropout`.
+    threshold = min(round(p * 2**32), 2**32 - 1)
+    return Dropout(modifiers.dropout_seed, threshold, 1.0 / (1.0 - p))
+
+
 def terms(modifiers: Modifiers) -> Terms:
     """Dense mask and biases as a kernel takes them, one by one."""
     alibi = HeadScalars(None, None, None)
@@ -143,9 +170,10 @@ def terms(modifiers: Modifiers) -> Terms:
     return Terms(plane(modifiers.mask), plane(modifiers.bias), alibi, relative)
 
 
-def needs_wide_offsets(*tensors: torch.Tensor, rows_per_tile: int) -> bool:
+def needs_wide_offsets(*tensors: torch.Tensor | None, rows_per_tile: int) -> bool:
     """Whether offsets within one tile can pass 2**31 elements (between tiles they are 64 bit)."""
     return any(
         rows_per_tile * abs(t.stride(-3)) + t.shape[-1] * abs(t.stride(-1)) >= 2**31
         for t in tensors
+        if t is not None
     )

@@ -1,8 +1,12 @@
 """What every attention kernel shares: operands, who may attend to whom, the scores of one tile.
 
 Positional masks (causal, window, prefix, lengths) all come down to one idea: each query row sees an
-*interval* of keys. `visible_keys` computes it, `key_ranges` turns it into the tiles to visit. A
-tile inside every row's interval needs no mask; one outside all of them is never loaded.
+*interval* of keys, and each key is seen by an interval of rows. `visible_keys` and `visible_rows`
+compute them, `key_ranges` and `row_ranges` turn them into the tiles to visit. A tile inside every
+interval needs no mask; one outside all of them is never loaded.
+
+A tile may be (rows, columns) or transposed: helpers take `row` and `col` as they broadcast in it,
+(BLOCK_M, 1) and (1, BLOCK_N), or the other way round.
 
 Operands travel as named tuples of pointers and strides. A member, or an operand's `ptr`, that is
 None means that the feature is absent, which is known when the kernel is compiled: it costs nothing.
@@ -95,6 +99,14 @@ class Scores(NamedTuple):
     sinks: Any
 
 
+class Dropout(NamedTuple):
+    """Which weights are dropped: `seed` is a pointer to one int64 (None: no dropout)."""
+
+    seed: Any
+    threshold: Any  # a weight is kept if its 32 random bits are at least this
+    growth: Any  # what the others grow by: 1 / (1 - p)
+
+
 class Terms(NamedTuple):
     """What is added to, or masked from, the scores of a tile.
 
@@ -176,25 +188,62 @@ def visible_keys(row, seq, masks):
 
 
 @triton.jit
-def key_ranges(start_m, seq, masks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tile-aligned (begin, full_begin, full_end, end) of the keys for one block of rows.
+def visible_rows(col, seq, masks):
+    """The interval [first, end) of query rows that may attend to a key, or to each of several.
 
-    Tiles in [full_begin, full_end) are visible to every row. Those of [begin, full_begin) and
+    `visible_keys` the other way round. Both ends grow with the key; keys at or past `seq.end_key`
+    are the caller's to leave out.
+    """
+    first = col * 0
+    end = col * 0 + seq.live_rows
+    row = col - seq.offset
+    if masks.window_left is not None:
+        end = tl.minimum(end, row + masks.window_left + 1)
+    if masks.window_right is not None:
+        first = tl.maximum(first, row - masks.window_right)
+    if masks.prefix is not None:
+        first = tl.maximum(first, tl.where(col < seq.prefix, 0, row))
+    if masks.starts_k is not None:
+        end = tl.where(col < seq.first_key, 0, end)
+    return first, end
+
+
+@triton.jit
+def tile_ranges(first_of_first, end_of_first, first_of_last, end_of_last, BLOCK: tl.constexpr):
+    """Tile-aligned (begin, full_begin, full_end, end) from the intervals that the first and the
+    last of a block see: what lies in between sees what both see, since intervals only move on.
+
+    Tiles in [full_begin, full_end) are visible as a whole. Those of [begin, full_begin) and
     [full_end, end) are cut by a mask. All others are not visited.
     """
-    last_m = tl.minimum(start_m + BLOCK_M, seq.live_rows) - 1
-    begin, full_end = visible_keys(start_m, seq, masks)
-    full_begin, end = visible_keys(last_m, seq, masks)
     # Negative bounds are clamped first: integer division rounds them differently across backends.
-    begin = tl.maximum(begin, 0) // BLOCK_N * BLOCK_N
-    full_begin = tl.cdiv(tl.maximum(full_begin, 0), BLOCK_N) * BLOCK_N
-    full_end = tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N
-    full_end = tl.maximum(full_end, full_begin)
+    begin = tl.maximum(first_of_first, 0) // BLOCK * BLOCK
+    full_begin = tl.cdiv(tl.maximum(first_of_last, 0), BLOCK) * BLOCK
+    full_end = tl.maximum(end_of_first, 0) // BLOCK * BLOCK
+    return begin, full_begin, tl.maximum(full_end, full_begin), end_of_last
+
+
+@triton.jit
+def key_ranges(start_m, seq, masks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`tile_ranges` of the keys that one block of rows sees."""
+    last_m = tl.minimum(start_m + BLOCK_M, seq.live_rows) - 1
+    first, full_end = visible_keys(start_m, seq, masks)
+    full_first, end = visible_keys(last_m, seq, masks)
+    begin, full_begin, full_end, end = tile_ranges(first, full_end, full_first, end, BLOCK_N)
     # A block of rows that are all padding visits nothing.
     alive = last_m >= start_m
-    full_end = tl.where(alive, full_end, full_begin)
-    end = tl.where(alive, end, 0)
-    return begin, full_begin, full_end, end
+    return begin, full_begin, tl.where(alive, full_end, full_begin), tl.where(alive, end, 0)
+
+
+@triton.jit
+def row_ranges(start_n, seq, masks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`tile_ranges` of the query rows that see one block of keys."""
+    last_n = tl.minimum(start_n + BLOCK_N, seq.end_key) - 1
+    first, full_end = visible_rows(start_n, seq, masks)
+    full_first, end = visible_rows(last_n, seq, masks)
+    begin, full_begin, full_end, end = tile_ranges(first, full_end, full_first, end, BLOCK_M)
+    alive = last_n >= start_n
+    return begin, full_begin, tl.where(alive, full_end, full_begin), tl.where(alive, end, 0)
 
 
 @triton.jit
@@ -239,26 +288,49 @@ def head_base(operand, batch, head, begin_row):
 
 
 @triton.jit
+def load_rows(scalars, batch, head, begin_row, local_row, end_row, other, CHECK_ROWS: tl.constexpr):
+    """Loads a scalar for each of `local_row`, counted from `begin_row`."""
+    pointers = head_base(scalars, batch, head, begin_row) + local_row * scalars.stride_row
+    if CHECK_ROWS:
+        values = tl.load(pointers, mask=local_row < end_row, other=other)
+    else:
+        values = tl.load(pointers)
+    return values
+
+
+@triton.jit
+def plane_pointers(plane, batch, head, row, col):
+    """Pointers to a plane's rows x columns; just a vector of them where an axis is broadcast."""
+    pointers = plane.ptr + tl.cast(batch, tl.int64) * plane.stride_batch
+    pointers += tl.cast(head, tl.int64) * plane.stride_head
+    if plane.stride_row is not None:
+        pointers += row.to(tl.int64) * plane.stride_row
+    if plane.stride_col is not None:
+        pointers += col.to(tl.int64) * plane.stride_col
+    return pointers
+
+
+@triton.jit
 def load_plane(plane, batch, head, row, col, end_row, end_col, other):
     """Loads a dense mask or bias for rows x columns; only a vector where an axis is broadcast."""
-    base = plane.ptr + tl.cast(batch, tl.int64) * plane.stride_batch
-    base += tl.cast(head, tl.int64) * plane.stride_head
-    row_offset = row.to(tl.int64)
-    col_offset = col.to(tl.int64)
+    pointers = plane_pointers(plane, batch, head, row, col)
     if plane.stride_row is None and plane.stride_col is None:
-        tile = tl.load(base)
+        tile = tl.load(pointers)
     elif plane.stride_row is None:
-        pointers = base + col_offset * plane.stride_col
-        tile = tl.load(pointers, mask=col < end_col, other=other)[None, :]
+        tile = tl.load(pointers, mask=col < end_col, other=other)
     elif plane.stride_col is None:
-        pointers = base + row_offset * plane.stride_row
-        tile = tl.load(pointers, mask=row < end_row, other=other)[:, None]
+        tile = tl.load(pointers, mask=row < end_row, other=other)
     else:
-        pointers = base + (row_offset * plane.stride_row)[:, None]
-        pointers += (col_offset * plane.stride_col)[None, :]
-        inside = (row < end_row)[:, None] & (col < end_col)[None, :]
-        tile = tl.load(pointers, mask=inside, other=other)
+        tile = tl.load(pointers, mask=(row < end_row) & (col < end_col), other=other)
     return tile
+
+
+@triton.jit
+def is_near(start_m, start_n, seq, radius, BLOCK_M, BLOCK_N):
+    """Whether a tile holds a distance key - query within the radius of a bias by distance."""
+    largest = start_n + BLOCK_N - 1 - (start_m + seq.offset)
+    smallest = start_n - (start_m + BLOCK_M - 1 + seq.offset)
+    return (smallest < radius) & (largest > -radius)
 
 
 @triton.jit
@@ -269,19 +341,36 @@ def load_by_distance(distances, head, start_m, start_n, row, col, seq, BLOCK_M, 
     """
     base = distances.ptr + tl.cast(head, tl.int64) * distances.stride_head
     radius = distances.radius
-    distance = col[None, :] - (row + seq.offset)[:, None]
+    distance = col - row - seq.offset
     index = tl.minimum(tl.maximum(distance, -radius), radius) + radius
     if start_m is None:
         bias = tl.load(base + index).to(tl.float32)
     else:
-        nearest_after = start_n - (start_m + BLOCK_M - 1 + seq.offset)
-        nearest_before = start_n + BLOCK_N - 1 - (start_m + seq.offset)
-        if (nearest_after < radius) & (nearest_before > -radius):
+        if is_near(start_m, start_n, seq, radius, BLOCK_M, BLOCK_N):
             bias = tl.load(base + index).to(tl.float32)
         else:
-            far = tl.load(base + tl.where(nearest_after >= radius, 2 * radius, 0)).to(tl.float32)
-            bias = tl.broadcast_to(far, (BLOCK_M, BLOCK_N))
+            after = start_n > start_m + seq.offset
+            far = tl.load(base + tl.where(after, 2 * radius, 0)).to(tl.float32)
+            bias = tl.zeros(index.shape, tl.float32) + far
     return bias
+
+
+@triton.jit
+def kept_weights(dropout, index, head, row, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights of rows `row` (BLOCK_M,) dropout keeps, as (BLOCK_M, BLOCK_N) booleans.
+
+    Philox gives four words: those of four columns. See `fastattn.dropout`, which draws the same.
+    """
+    quad = start_n // 4 + tl.arange(0, BLOCK_N // 4)
+    zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
+    a, b, c, d = tl.philox(
+        tl.load(dropout.seed), zero + quad[None, :], zero + row[:, None], zero + head, zero + index
+    )
+    threshold = tl.cast(dropout.threshold, tl.uint32)
+    # Compared before they are interleaved, so that bytes move and not words.
+    even = tl.join((a >= threshold).to(tl.int8), (c >= threshold).to(tl.int8))
+    odd = tl.join((b >= threshold).to(tl.int8), (d >= threshold).to(tl.int8))
+    return tl.reshape(tl.join(even, odd), (BLOCK_M, BLOCK_N)) != 0
 
 
 @triton.jit
@@ -301,56 +390,44 @@ def tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def modify_scores(
-    products,
-    scores,
-    terms,
-    seq,
-    head,
-    start_m,
-    start_n,
-    row,
-    col,
-    first,
-    end,
-    MASKED,
-    LAZY_SCALE,
-    PRECISE,
-):
-    """Scores of one tile from the products q @ k.T; -inf where nothing attends.
+def scale_scores(products, scores, LAZY_SCALE, PRECISE):
+    """Scaled and capped scores of a tile of products q @ k.T.
 
-    The order is scale, softcap, biases, masks. `first` and `end` are the rows' intervals of keys,
-    looked at only where MASKED. With LAZY_SCALE (nothing is added to the scores) the products stay
-    unscaled: the scale then rides in the exponential's multiply-add.
+    With LAZY_SCALE (nothing is added to the scores) the products stay as they are: the scale then
+    rides in the exponential's multiply-add.
     """
-    BLOCK_M: tl.constexpr = products.shape[0]
-    BLOCK_N: tl.constexpr = products.shape[1]
     if scores.softcap is not None:
-        capped = tanh(products * (scores.scale / scores.softcap), PRECISE)
-        products = capped * scores.softcap
+        products = tanh(products * (scores.scale / scores.softcap), PRECISE) * scores.softcap
     elif not LAZY_SCALE:
         products = products * scores.scale
+    return products
+
+
+@triton.jit
+def add_terms(s, terms, seq, head, start_m, start_n, row, col, BLOCK_M, BLOCK_N):
+    """Adds the biases to scaled scores and applies the dense mask: -inf where nothing attends."""
     if terms.bias.ptr is not None:
         bias = load_plane(terms.bias, seq.index, head, row, col, seq.rows, seq.end_key, 0.0)
-        products += bias.to(tl.float32)
+        s += bias.to(tl.float32)
     if terms.alibi.ptr is not None:
         slope = tl.load(
             terms.alibi.ptr + seq.index * terms.alibi.stride_batch + head * terms.alibi.stride_head
         )
-        distance = col[None, :] - (row + seq.offset)[:, None]
-        products -= tl.abs(distance).to(tl.float32) * slope.to(tl.float32)
+        s -= tl.abs(col - row - seq.offset).to(tl.float32) * slope.to(tl.float32)
     if terms.relative.ptr is not None:
-        bias = load_by_distance(
+        s += load_by_distance(
             terms.relative, head, start_m, start_n, row, col, seq, BLOCK_M, BLOCK_N
         )
-        products += bias
     if terms.mask.ptr is not None:
         keep = load_plane(terms.mask, seq.index, head, row, col, seq.rows, seq.end_key, 0)
-        products = tl.where(keep != 0, products, float("-inf"))
-    if MASKED:
-        keep = (col[None, :] >= first[:, None]) & (col[None, :] < end[:, None])
-        products = tl.where(keep, products, float("-inf"))
-    return products
+        s = tl.where(keep != 0, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def cut_scores(s, position, first, end):
+    """-inf wherever `position` lies outside the interval [first, end)."""
+    return tl.where((position >= first) & (position < end), s, float("-inf"))
 
 
 @triton.jit
@@ -364,3 +441,12 @@ def exponential(scores, shift, scale, SUBTRACT_FIRST: tl.constexpr):
         return tl.exp2((scores - shift) * scale)
     else:
         return tl.exp2(scores * scale - shift * scale)
+
+
+@triton.jit
+def rebuilt_weights(scores, shift, log_total, scale, SUBTRACT_FIRST: tl.constexpr):
+    """Softmax weights from the statistics that the forward pass saved; 0 where shift is inf."""
+    if SUBTRACT_FIRST:
+        return tl.exp2((scores - shift) * scale - log_total)
+    else:
+        return tl.exp2(scores * scale - (shift * scale + log_total))

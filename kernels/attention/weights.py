@@ -30,12 +30,14 @@ from fastattn.kernels.attention.tile import (
     LOG2E,
     Plane,
     Terms,
+    add_terms,
+    cut_scores,
     exponential,
     head_base,
     load_int,
     load_sequence,
     load_tile,
-    modify_scores,
+    scale_scores,
     visible_keys,
 )
 
@@ -126,22 +128,20 @@ def _attention_weights_kernel(
         )
         products = tl.dot(q_tile, k_tile.T, input_precision=INPUT_PRECISION)
         # Rows are in no order here, so that no tile counts as far away: start_m is not known.
-        s = modify_scores(
-            products,
-            scores,
+        s = scale_scores(products, scores, False, PRECISE)
+        s = add_terms(
+            s,
             terms,
             seq,
             head,
             None,
             start_n,
-            safe_row,
-            col,
-            first,
-            end,
-            True,
-            False,
-            PRECISE,
+            safe_row[:, None],
+            col[None, :],
+            BLOCK_M,
+            BLOCK_N,
         )
+        s = cut_scores(s, col[None, :], first[:, None], end[:, None])
         lse_base = head_base(lse, index, head, seq.begin_q)
         row_lse = tl.load(lse_base + safe_row.to(tl.int64) * lse.stride_row, mask=live, other=0.0)
         # A row without keys has lse -inf; its scores are all -inf and give 0.
