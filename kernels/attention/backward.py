@@ -34,7 +34,14 @@ from fastattn.kernels.attention.operands import (
     softmax_rows,
     vector,
 )
-from fastattn.kernels.attention.tile import LOG2E, head_base, load_rows, load_sequence, load_tile
+from fastattn.kernels.attention.tile import (
+    LOG2E,
+    head_base,
+    load_rows,
+    load_sequence,
+    load_tile,
+    sees_one_key,
+)
 
 DELTA_BLOCK = 64
 
@@ -88,6 +95,8 @@ def _attention_backward_delta_kernel(
     base = head_base(dout, index, head, begin_m)
     dout_tile = load_tile(dout, base, local_row, live, HEAD_DIM_V, BLOCK_DV, True, WIDE)
     row_delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    if sinks is None:
+        row_delta = tl.where(sees_one_key(start_m + local_row, seq, masks), 0.0, row_delta)
     if dlse.ptr is not None:
         row_delta -= load_rows(dlse, index, head, begin_m, local_row, inside, 0.0, True)
     pointers = head_base(delta, index, head, begin_m) + local_row * delta.stride_row

@@ -137,6 +137,8 @@ def _attention_backward_bias_kernel(
                 keep = kept_weights(dropout, index, head, row, start_n, BLOCK_M, BLOCK_N)
                 dp = tl.where(keep, dp * dropout.growth, 0.0)
             row_delta = load_rows(delta, index, head, begin_m, local_row, live, 0.0, True)
+            if scores.sinks is None:
+                dp = tl.where((end - first == 1)[:, None], 0.0, dp)
             total += p * (dp - row_delta[:, None])
 
     pointers = plane_pointers(dbias, plane_index, plane_head, row[:, None], col[None, :])

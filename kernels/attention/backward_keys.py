@@ -36,6 +36,7 @@ from fastattn.kernels.attention.tile import (
     row_offsets,
     row_ranges,
     scale_scores,
+    sees_one_key,
     visible_rows,
 )
 
@@ -118,16 +119,19 @@ def _attention_backward_keys_kernel(
     end = tl.where(col < seq.end_key, end, 0)
     begin, full_begin, full_end, last = row_ranges(start_n, seq, masks, BLOCK_M, BLOCK_N)
     CUT_ABOVE: tl.constexpr = (masks.window_right is not None) or (masks.prefix is not None)
+    CUT_BELOW: tl.constexpr = (masks.window_left is not None) or (masks.starts_k is not None)
+    only_key = seq.end_key - seq.first_key == 1
     for head in range(key_head * shape.group_size, (key_head + 1) * shape.group_size):
         q_base = head_base(q, index, head, seq.begin_q)
         dout_base = head_base(dout, index, head, seq.begin_q)
         col_sum = tl.zeros([BLOCK_N], tl.float32)
-        for stretch in tl.static_range(0 if CUT_ABOVE else 1, 3):
-            # The middle stretch holds the full tiles: no positional mask, no bounds to check.
+        for stretch in tl.static_range(0 if CUT_ABOVE else 1, 3 if CUT_BELOW else 2):
+            # The middle stretch needs no positional mask. Where no mask cuts below, it goes on to
+            # the last row, with bounds to check, which saves the registers of a third loop.
             if stretch == 0:
                 low, high = begin, tl.minimum(full_begin, last)
             elif stretch == 1:
-                low, high = full_begin, full_end
+                low, high = full_begin, full_end if CUT_BELOW else last
             else:
                 low, high = full_end, last
             for start_m in tl.range(low, high, BLOCK_M):
@@ -135,6 +139,7 @@ def _attention_backward_keys_kernel(
                 live = seq.live_rows - start_m
                 begin_m = seq.begin_q + start_m
                 CUT: tl.constexpr = stretch != 1
+                CHECK: tl.constexpr = CUT or not CUT_BELOW
                 q_tile = load_tile(
                     q,
                     q_base + tl.cast(start_m, tl.int64) * q.stride_row,
@@ -142,14 +147,14 @@ def _attention_backward_keys_kernel(
                     live,
                     HEAD_DIM,
                     BLOCK_D,
-                    CHECK_ROWS=CUT,
+                    CHECK_ROWS=CHECK,
                     WIDE=WIDE,
                 )
                 row_shift = load_rows(
-                    shift, index, head, begin_m, local_row, live, float("inf"), CUT
+                    shift, index, head, begin_m, local_row, live, float("inf"), CHECK
                 )
                 row_log_total = load_rows(
-                    log_total, index, head, begin_m, local_row, live, 0.0, CUT
+                    log_total, index, head, begin_m, local_row, live, 0.0, CHECK
                 )
                 products = tl.dot(k_tile, q_tile.T, input_precision=INPUT_PRECISION)
                 scaled = scale_scores(products, scores, LAZY_SCALE, PRECISE)
@@ -177,7 +182,7 @@ def _attention_backward_keys_kernel(
                     live,
                     HEAD_DIM_V,
                     BLOCK_DV,
-                    CHECK_ROWS=CUT,
+                    CHECK_ROWS=CHECK,
                     WIDE=WIDE,
                 )
                 kept = p
@@ -193,10 +198,15 @@ def _attention_backward_keys_kernel(
                         input_precision=INPUT_PRECISION,
                     )
                 if NEEDS_DS:
-                    row_delta = load_rows(delta, index, head, begin_m, local_row, live, 0.0, CUT)
+                    row_delta = load_rows(delta, index, head, begin_m, local_row, live, 0.0, CHECK)
                     dp = tl.dot(v_tile, dout_tile.T, input_precision=INPUT_PRECISION)
                     if dropout.seed is not None:
                         dp = tl.where(keep, dp * dropout.growth, 0.0)
+                    if scores.sinks is None:
+                        if CUT:
+                            dp = tl.where(sees_one_key(row, seq, masks)[None, :], 0.0, dp)
+                        else:
+                            dp = tl.where(only_key, 0.0, dp)
                     ds = p * (dp - row_delta[None, :])
                     if col_sums.ptr is not None:
                         col_sum += tl.sum(ds, 1)

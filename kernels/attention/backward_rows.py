@@ -40,6 +40,7 @@ from fastattn.kernels.attention.tile import (
     rebuilt_weights,
     row_offsets,
     scale_scores,
+    sees_one_key,
     visible_keys,
 )
 
@@ -154,6 +155,7 @@ def _attention_backward_rows_kernel(
         else:
             low, high = full_end, last
         for start_n in tl.range(low, high, BLOCK_N):
+            CUT: tl.constexpr = stretch != 1
             local_col = tl.arange(0, BLOCK_N)
             col = start_n + local_col
             k_tile = load_tile(
@@ -163,7 +165,7 @@ def _attention_backward_rows_kernel(
                 seq.end_key - start_n,
                 HEAD_DIM,
                 BLOCK_D,
-                CHECK_ROWS=stretch != 1,
+                CHECK_ROWS=CUT,
                 WIDE=WIDE,
             )
             v_tile = load_tile(
@@ -173,7 +175,7 @@ def _attention_backward_rows_kernel(
                 seq.end_key - start_n,
                 HEAD_DIM_V,
                 BLOCK_DV,
-                CHECK_ROWS=stretch != 1,
+                CHECK_ROWS=CUT,
                 WIDE=WIDE,
             )
             products = tl.dot(q_tile, k_tile.T, input_precision=INPUT_PRECISION)
@@ -190,7 +192,7 @@ def _attention_backward_rows_kernel(
                 BLOCK_M,
                 BLOCK_N,
             )
-            if stretch != 1:
+            if CUT:
                 s = cut_scores(s, col[None, :], first[:, None], end[:, None])
             p = rebuilt_weights(
                 s, row_shift[:, None], row_log_total[:, None], exponent_scale, SUBTRACT_FIRST
@@ -199,6 +201,8 @@ def _attention_backward_rows_kernel(
             if dropout.seed is not None:
                 keep = kept_weights(dropout, index, head, row, start_n, BLOCK_M, BLOCK_N)
                 dp = tl.where(keep, dp * dropout.growth, 0.0)
+            if CUT and scores.sinks is None:
+                dp = tl.where(sees_one_key(row, seq, masks)[:, None], 0.0, dp)
             ds = p * (dp - row_delta[:, None])
             if dbias.ptr is not None:
                 pointers = plane_pointers(dbias, index, head, row[:, None], col[None, :])

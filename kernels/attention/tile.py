@@ -188,6 +188,16 @@ def visible_keys(row, seq, masks):
 
 
 @triton.jit
+def sees_one_key(row, seq, masks):
+    """Whether a row's interval holds a single key, whose weight is then 1 whatever its score.
+
+    The backward pass asks, since dO V.T and delta are equal there but for their rounding.
+    """
+    first, end = visible_keys(row, seq, masks)
+    return end - first == 1
+
+
+@triton.jit
 def visible_rows(col, seq, masks):
     """The interval [first, end) of query rows that may attend to a key, or to each of several.
 
@@ -242,8 +252,9 @@ def row_ranges(start_n, seq, masks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
     first, full_end = visible_rows(start_n, seq, masks)
     full_first, end = visible_rows(last_n, seq, masks)
     begin, full_begin, full_end, end = tile_ranges(first, full_end, full_first, end, BLOCK_M)
-    alive = last_n >= start_n
-    return begin, full_begin, tl.where(alive, full_end, full_begin), tl.where(alive, end, 0)
+    # A lone key is never taken for a full tile, since its rows may see that key only.
+    full_end = tl.where(last_n > start_n, full_end, full_begin)
+    return begin, full_begin, full_end, tl.where(last_n >= start_n, end, 0)
 
 
 @triton.jit
