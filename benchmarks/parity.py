@@ -68,7 +68,7 @@ def show_config(config: Iterable[int]) -> str:
 
 
 def as_tuple(config: Any) -> tuple[int, int, int, int]:
-    """A ForwardConfig as plain numbers."""
+    """A TileConfig as plain numbers."""
     return (config.block_m, config.block_n, config.num_warps, config.num_stages)
 
 
@@ -142,7 +142,7 @@ def run_config(task: ConfigCheck, device: torch.device) -> dict[str, Any]:
     if is_interpreting():
         repair()  # before the kernels are defined
     from fastattn.kernels.attention import Modifiers, launch_attention_forward
-    from fastattn.kernels.attention.config import ForwardConfig
+    from fastattn.kernels.attention.config import TileConfig
 
     batch, seqlen_q, seqlen_k, num_heads = task.shape
     dtype = DTYPES[task.dtype]
@@ -160,7 +160,7 @@ def run_config(task: ConfigCheck, device: torch.device) -> dict[str, Any]:
         softmax_scale=task.head_dim**-0.5, window_right=0 if task.causal else -1, **kwargs
     )
     out = poison(torch.empty_like(q))
-    launch_attention_forward(q, k, v, out, None, modifiers, config=ForwardConfig(*task.config))
+    launch_attention_forward(q, k, v, out, None, modifiers, config=TileConfig(*task.config))
     exact, baseline = (
         reference.run(
             make_problem(*(x.to(wanted) for x in (q, k, v)), causal=task.causal, **kwargs)

@@ -48,13 +48,13 @@ def tile_provider(tile: Tile) -> Provider:
 
     def prepare(inputs: Inputs) -> Callable[[], Tensor]:
         from fastattn.kernels.attention import Modifiers, launch_attention_forward
-        from fastattn.kernels.attention.config import ForwardConfig
+        from fastattn.kernels.attention.config import TileConfig
 
         case = inputs.case
         modifiers = Modifiers(
             softmax_scale=case.head_dim**-0.5, window_right=0 if case.causal else -1
         )
-        config = ForwardConfig(*tile)
+        config = TileConfig(*tile)
         out = torch.full_like(inputs.q, float("nan"))
 
         def run() -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastattn import reference, sdpa
 from fastattn.biases import ALiBi, Bias, JoinedBias
@@ -42,8 +41,10 @@ def _triton_reasons(problem: AttentionProblem) -> list[str]:
     reasons = triton_environment_reasons(problem.q.device)
     if torch.is_grad_enabled() and _alibi_requires_grad(problem.bias):
         reasons.append("ALiBi slopes have no gradient in the kernel, and they require grad")
-    if _in_forward_mode(problem):
+    if problem.has_tangents:
         reasons.append("forward-mode differentiation is not in the kernel (a tensor has a tangent)")
+    elif _in_function_transform():
+        reasons.append("the transforms of torch.func (grad, vmap, ...) are not in the operator")
     if problem.q.dtype == torch.float64:
         reasons.append("float64 is not in the kernel, which takes float16, bfloat16 and float32")
     return reasons
@@ -54,10 +55,8 @@ def _alibi_requires_grad(bias: Bias | None) -> bool:
     return any(isinstance(part, ALiBi) and part.slopes.requires_grad for part in parts)
 
 
-def _in_forward_mode(problem: AttentionProblem) -> bool:
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in problem.tensors)
+def _in_function_transform() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def triton_environment_reasons(device: torch.device) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastattn import biases, masks
 from fastattn.biases import Bias
@@ -68,6 +69,13 @@ class AttentionProblem:
     def requires_grad(self) -> bool:
         """Whether autograd will ask for gradients of this call."""
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors)
+
+    @property
+    def has_tangents(self) -> bool:
+        """Whether forward-mode differentiation is asked of this call."""
+        if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+            return False
+        return any(forward_ad.unpack_dual(t).tangent is not None for t in self.tensors)
 
     def sequence(self, index: int, rows: slice, keys: slice) -> AttentionProblem:
         """One packed sequence as a problem of its own, with a batch axis of 1."""
@@ -156,7 +164,9 @@ def _autocast(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return tensor
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return tensor
+    if not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 

@@ -31,6 +31,8 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append("sinks are not in torch's scaled_dot_product_attention")
     if problem.dropout is not None and problem.dropout.seed is not None:
         reasons.append("torch's scaled_dot_product_attention takes no seed for its dropout")
+    if problem.has_tangents:
+        reasons.append("torch's scaled_dot_product_attention has no forward-mode derivative")
     if problem.return_lse:
         reasons.append("torch's scaled_dot_product_attention does not return the log-sum-exp")
     return reasons
@@ -65,29 +67,26 @@ def _attend_by_sequence(problem: AttentionProblem, lengths: Lengths) -> Tensor:
     starts = [0] * batch if parts.starts_k is None else parts.starts_k.tolist()
     rows = [seqlen_q] * batch if parts.seqlens_q is None else parts.seqlens_q.tolist()
     mask = _without(problem.mask, lengths)
-    out = problem.q.new_zeros(_out_shape(problem))
-    for index, (start, end, live) in enumerate(zip(starts, ends, rows, strict=True)):
-        if end <= start or live == 0:
-            continue
-        one = slice(index, index + 1)
+    # Split at once, not sliced one by one: each slice would have a gradient of the whole's size.
+    operands = zip(problem.q.split(1), problem.k.split(1), problem.v.split(1), strict=True)
+    pieces = []
+    for index, (q, k, v) in enumerate(operands):
+        live, live_keys = rows[index], slice(starts[index], max(starts[index], ends[index]))
         # Positions are those of the padded tensors: masks are drawn there, then cut.
         own_mask, own_bias = None, None
         if mask is not None:
-            dense = mask.at(index, seqlen_q, seqlen_k).dense(seqlen_q, seqlen_k, out.device)
-            own_mask = DenseMask(dense[:, :, :live, start:end])
+            dense = mask.at(index, seqlen_q, seqlen_k).dense(seqlen_q, seqlen_k, problem.q.device)
+            own_mask = DenseMask(dense[:, :, :live, live_keys])
         if problem.bias is not None:
-            bias = problem.bias.at(index, seqlen_q, seqlen_k).dense(seqlen_q, seqlen_k, out.dtype)
-            own_bias = bias[:, :, :live, start:end]
+            bias = problem.bias.at(index, seqlen_q, seqlen_k)
+            dense = bias.dense(seqlen_q, seqlen_k, problem.q.dtype)
+            own_bias = dense[:, :, :live, live_keys]
         piece = _scaled_dot_product(
-            problem.q[one, :live],
-            problem.k[one, start:end],
-            problem.v[one, start:end],
-            own_mask,
-            own_bias,
-            problem,
+            q[:, :live], k[:, live_keys], v[:, live_keys], own_mask, own_bias, problem
         )
-        out[one, :live] = piece
-    return out
+        padding = (0, 0, 0, 0, 0, seqlen_q - live)
+        pieces.append(piece if live == seqlen_q else torch.nn.functional.pad(piece, padding))
+    return torch.cat(pieces)
 
 
 def _without(mask: Mask | None, part: Mask) -> Mask | None:
@@ -115,8 +114,6 @@ def _scaled_dot_product(
 ) -> Tensor:
     """SDPA in the public layout (batch, seqlen, num_heads, head_dim)."""
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    if seqlen_k == 0:
-        return q.new_zeros(*q.shape[:-1], v.shape[-1])
     # SDPA's causal flag is aligned top-left: the same as ours only for a square problem.
     causal = isinstance(mask, masks.Causal) and seqlen_q == seqlen_k and bias is None
     if isinstance(mask, masks.Causal) and seqlen_q == 1:

@@ -350,7 +350,7 @@ def test_whole_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Every stage, with the kernels in the interpreter and one tile that cannot be right."""
     from fastattn.kernels.attention import config
 
-    tiles = (config.ForwardConfig(64, 32, 4, 1), config.ForwardConfig(64, 24, 4, 1))
+    tiles = (config.TileConfig(64, 32, 4, 1), config.TileConfig(64, 24, 4, 1))
     monkeypatch.setattr(config, "FORWARD_CANDIDATES", tiles)
     run_config = parity.run_config
     small = functools.partial(replace, shape=(1, 64, 80, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 import fastattn
 from fastattn import ALiBi, Causal, Lengths, Packed, T5Bias, Window, reference
 from fastattn.testing import assert_parity, bounds_checked, is_interpreting, make_qkv
-from fastattn.testing.features import FEATURES, Feature, find_features
-from fastattn.testing.verify import DTYPES, check_feature
+from fastattn.testing.features import FEATURES, Case, Feature, find_features
+from fastattn.testing.gradients import run
+from fastattn.testing.verify import check_feature
 
 # Half of the rows exercise masks, which do not depend on the dtype: these are the ones that do.
 FP16_ROWS = [
@@ -25,7 +27,9 @@ FP16_ROWS = [
     in {
         "bidirectional", "causal", "head_dim 40", "head_dim 256", "Lengths, left padded, causal",
         "Packed, window, T5Bias", "fully masked rows", "bias of -inf and lowest values", "ALiBi",
-        "softcap", "sinks", "large scores", "everything",
+        "softcap", "sinks", "large scores", "everything", "grouped-query, groups of 4",
+        "bias, broadcast over heads", "T5Bias, float32 whatever q is, grouped-query", "dropout",
+        "gradient of out.sum()",
     }
 ]  # fmt: skip
 
@@ -37,25 +41,15 @@ def name_of(feature: Feature) -> str:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("feature", FEATURES, ids=name_of)
 def test_kernels(feature: Feature, dtype: str, device: str) -> None:
-    result = check_feature(feature, dtype, device)
+    """Output, log-sum-exp and weights, and every gradient."""
+    result = check_feature(feature, dtype, device, grad=True)
     assert result.passed, str(result)
 
 
 @pytest.mark.parametrize("feature", FP16_ROWS, ids=name_of)
 def test_kernels_in_fp16(feature: Feature, device: str) -> None:
-    result = check_feature(feature, "fp16", device)
+    result = check_feature(feature, "fp16", device, grad=True)
     assert result.passed, str(result)
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("feature", FEATURES, ids=name_of)
-def test_torch_implementations(feature: Feature, dtype: str) -> None:
-    """What "auto" runs on a CPU: torch's own attention, or else plain torch."""
-    case = feature.case(DTYPES[dtype])
-    exact = reference.attention(*case.double(), **case.kwargs)
-    baseline = reference.attention(case.q, case.k, case.v, **case.kwargs)
-    out = fastattn.attention(case.q, case.k, case.v, impl="auto", **case.kwargs)
-    assert_parity(out, baseline, exact)
 
 
 def test_every_row_has_its_own_name_and_the_same_numbers_each_time() -> None:
@@ -81,9 +75,9 @@ def test_tiles_of_any_shape(
     name: str, tile: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastattn.kernels.attention import forward
-    from fastattn.kernels.attention.config import ForwardConfig
+    from fastattn.kernels.attention.config import TileConfig
 
-    config = ForwardConfig(*tile, 4, 1)
+    config = TileConfig(*tile, 4, 1)
     monkeypatch.setattr(forward, "select_forward_config", lambda *args, **kwargs: config)
     (feature,) = [row for row in FEATURES if row.name == name]
     result = check_feature(feature, "fp32", device)
@@ -205,6 +199,27 @@ def test_offsets_beyond_int32(where: str, which: str, device: str) -> None:
         weights = fastattn.attention_weights(*pair, lse, causal=True, impl="triton")
         near_weights = fastattn.attention_weights(*near_pair, lse, causal=True, impl="triton")
         assert torch.equal(weights, near_weights)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("where", OFFSETS)
+def test_backward_offsets_beyond_int32(where: str, which: str, device: str) -> None:
+    shape, strides = OFFSETS[where]
+    batch, seqlen, heads, dim = shape
+    q, k, v = make_qkv(
+        batch, seqlen, seqlen, heads, head_dim=dim, dtype=torch.float16, device=device
+    )
+    operands = {"q": q, "k": k, "v": v, "dout": torch.flip(q, (1,))}
+    operands[which] = _spread(shape, strides, device)
+    attention = partial(fastattn.attention, impl="triton")
+
+    def backward(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> dict[str, Tensor]:
+        return run(attention, Case(q, k, v, {"causal": True}), (dout, None))
+
+    far = backward(**operands)
+    near = backward(**{name: tensor.contiguous() for name, tensor in operands.items()})
+    for part, tensor in far.items():
+        assert torch.equal(tensor, near[part]), part
 
 
 @pytest.mark.parametrize(

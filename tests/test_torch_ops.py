@@ -32,7 +32,7 @@ def operator_arguments(feature: Feature, device: str) -> tuple[Any, ...]:
     """The flat arguments that a row's call gives to `fastattn::attention_forward`."""
     case = feature.case(torch.float16, device)
     problem = make_problem(case.q, case.k, case.v, return_lse=True, **case.kwargs)
-    return (problem.q, problem.k, problem.v, True, *torch_ops._modifiers(problem))
+    return (problem.q, problem.k, problem.v, True, True, *torch_ops._modifiers(problem))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -43,8 +43,8 @@ def test_opcheck_of_the_forward(name: str, device: str) -> None:
 @pytest.mark.parametrize("average", [False, True], ids=["per head", "averaged"])
 @pytest.mark.parametrize("name", ["Packed", "Lengths with seqlens_q"])
 def test_opcheck_of_the_weights(name: str, average: bool, device: str) -> None:
-    q, k, v, _, *modifiers = operator_arguments(ROWS[name], device)
-    _, lse = torch.ops.fastattn.attention_forward(q, k, v, True, *modifiers)
+    q, k, v, _, _, *modifiers = operator_arguments(ROWS[name], device)
+    _, lse, _ = torch.ops.fastattn.attention_forward(q, k, v, True, False, *modifiers)
     heads, rows = torch.tensor([1], device=device), torch.tensor([0, 9, 3], device=device)
     opcheck(
         torch.ops.fastattn.attention_weights.default,
@@ -52,11 +52,13 @@ def test_opcheck_of_the_weights(name: str, average: bool, device: str) -> None:
     )
 
 
-@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("flags", [(False, False), (False, True), (True, False)], ids=str)
 @pytest.mark.parametrize("name", ROWS)
-def test_fakes_have_the_shapes_of_the_real_ones(name: str, return_lse: bool, device: str) -> None:
+def test_fakes_have_the_shapes_of_the_real_ones(
+    name: str, flags: tuple[bool, bool], device: str
+) -> None:
     arguments = list(operator_arguments(ROWS[name], device))
-    arguments[3] = return_lse
+    arguments[3:5] = flags
     real = torch.ops.fastattn.attention_forward(*arguments)
     with FakeTensorMode() as mode:
         given = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments]

@@ -16,10 +16,11 @@ import typer
 from torch import Tensor
 from typer.testing import CliRunner
 
-from fastattn import dispatch, functional, torch_ops
+from fastattn import ALiBi, T5Bias, dispatch, functional, reference, torch_ops
 from fastattn.cli.verify import verify as verify_command
 from fastattn.problem import AttentionProblem
-from fastattn.testing.features import FEATURES, Feature, find_features
+from fastattn.testing.features import FEATURES, Draw, Feature, find_features
+from fastattn.testing.gradients import DIFFERENTIABLE, run
 from fastattn.testing.verify import Result, check_feature, verify
 from fastattn.testing.verify_model import SENTENCES, verify_model
 
@@ -53,8 +54,9 @@ def test_several_processes_give_the_same_results() -> None:
     def numbers(results: list[Result]) -> list[Any]:
         return [{**result.to_dict(), "seconds": 0} for result in results]
 
-    together = verify("cpu", ["fp32", "fp16"], ROWS, jobs=2)
-    assert numbers(together) == numbers(verify("cpu", ["fp32", "fp16"], ROWS))
+    together = verify("cpu", ["fp32", "fp16"], ROWS, grad=True, jobs=2)
+    assert "dq" in together[0].parts
+    assert numbers(together) == numbers(verify("cpu", ["fp32", "fp16"], ROWS, grad=True))
 
 
 def test_a_row_that_raises_is_a_failure_and_the_others_run(device: str) -> None:
@@ -117,6 +119,120 @@ def test_a_read_outside_of_an_operand_fails(monkeypatch: pytest.MonkeyPatch) -> 
     assert "OutOfBoundsError" in result.verdict
 
 
+# Gradients.
+
+GRADIENTS = [f"d{name}" for name in DIFFERENTIABLE]
+
+
+def _all_tensors(draw: Draw) -> dict[str, Any]:
+    bias = ALiBi(draw.slopes(2)) + T5Bias(draw.normal(8, 2), max_distance=20)
+    return {"bias": bias + draw.normal(2, 9, 12), "sinks": draw.normal(2)}
+
+
+ALL_TENSORS = Feature("all tensors", _all_tensors, seqlen_q=9, seqlen_k=12, head_dim=8)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_gradient_is_a_part(dtype: str, device: str) -> None:
+    result = check_feature(ALL_TENSORS, dtype, device, grad=True)
+    assert result.passed, str(result)
+    assert list(result.parts) == ["out", "lse", *GRADIENTS]
+    plain = check_feature(ALL_TENSORS, dtype, device)
+    assert list(plain.parts) == ["out", "lse"]
+    assert plain.worst_gradient is None
+    assert {name: result.parts[name] for name in plain.parts} == plain.parts
+    results = verify(device, [dtype], [ALL_TENSORS, ROWS[0]], grad=True)
+    assert results[0].parts == result.parts
+    assert list(results[1].parts) == ["out", "lse", "dq", "dk", "dv"]
+
+
+@pytest.mark.parametrize("part", GRADIENTS)
+def test_a_wrong_gradient_fails(part: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One element of one gradient, off by 16 rounding units of the largest."""
+    kernels = torch_ops._kernels()
+    right = kernels.launch_attention_backward
+
+    def wrong(*args: Any, **kwargs: Any) -> None:
+        right(*args, **kwargs)
+        (gradients,) = (arg for arg in args if isinstance(arg, kernels.Gradients))
+        off = getattr(gradients, {"dtable": "drelative"}.get(part, part))
+        largest = off.abs().max()
+        if part == "dtable":  # a bucket's gradient is the sum over its distances
+            largest = off.abs().sum()
+        off.view(-1)[off.numel() // 2] += 16 * torch.finfo(torch.bfloat16).eps * largest
+
+    monkeypatch.setattr(kernels, "launch_attention_backward", wrong)
+    result = check_feature(ALL_TENSORS, "bf16", device, grad=True)
+    assert [name for name, found in result.parts.items() if not found.passed] == [part]
+    assert result.worst_gradient == part
+    assert result.verdict.startswith(f"FAIL: {part} (max error")
+
+
+def test_gradients_that_are_not_written_fail(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = torch_ops._kernels()
+    monkeypatch.setattr(kernels, "launch_attention_backward", lambda *args, **kwargs: None)
+    result = check_feature(_row("one query, one key"), "fp32", device, grad=True)
+    assert result.verdict == "FAIL: " + ", ".join(f"d{x} (NaN or infinity)" for x in "qkv")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("position", [1, 5], ids=["k", "dout"])
+def test_a_backward_read_between_the_elements_of_an_operand_fails(
+    position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = torch_ops._kernels().launch_attention_backward
+
+    def one_further(*args: Any, **kwargs: Any) -> None:
+        operands = list(args)
+        tensor = operands[position]
+        operands[position] = tensor.as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset() + 1
+        )
+        launch(*operands, **kwargs)
+
+    monkeypatch.setattr(torch_ops._kernels(), "launch_attention_backward", one_further)
+    row = _row("strides with gaps everywhere")
+    (result,) = verify("cpu", ["fp32"], [row], grad=True)
+    assert "OutOfBoundsError" in result.verdict
+
+
+def test_incoming_gradients_have_the_strides_of_the_row() -> None:
+    for row in FEATURES:
+        case = row.case(torch.float16)
+        out, lse = row.output_gradients(case)
+        with torch.no_grad():
+            results = run(reference.attention, case)
+        for name, start in (("out", out), ("lse", lse)):
+            if start is not None:
+                assert (start.shape, start.dtype) == (results[name].shape, results[name].dtype)
+                assert bool(torch.isfinite(start).all())
+    gaps = _row("strides with gaps everywhere")
+    out, lse = gaps.output_gradients(gaps.case(torch.float32))
+    assert out is not None and lse is not None
+    assert min(out.stride()) > 1
+    assert min(lse.stride()) > 1
+    ones, no_lse = _row("gradient of out.sum()").output_gradients(ROWS[0].case(torch.float32))
+    assert ones is not None and no_lse is None
+    assert set(ones.stride()) == {0}
+    with pytest.raises(ValueError, match=r"gradient must be one of .*'none'"):
+        Feature("mine", gradient="none").output_gradients(ROWS[0].case(torch.float32))
+
+
+def test_a_reference_that_gives_nan_is_no_measure(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = reference.attention
+
+    def square_root_of_nothing(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out, lse = right(q, *args, **kwargs)
+        return out + (q * 0).sqrt(), lse
+
+    row = _row("one query, one key")
+    monkeypatch.setattr(reference, "attention", square_root_of_nothing)
+    with pytest.raises(ValueError, match="dq of the reference in float64 is NaN"):
+        check_feature(row, "fp32", device, impl="reference", grad=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -174,9 +290,33 @@ def test_command_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(path.read_text())["passed"] is False
 
 
+@pytest.mark.interpreter
+def test_command_with_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.json"
+    arguments = ["--grad", "--device", "cpu", "--feature", "sinks, rows", "--dtype", "bf16"]
+    arguments += ["--json", str(path), "--jobs", "1"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 passed" in result.output
+    (row,) = (line for line in result.output.splitlines() if "sinks, rows" in line)
+    assert any(name in row.split() for name in GRADIENTS)
+    written = json.loads(path.read_text())
+    assert written["grad"] is True
+    parts = written["results"][0]["parts"]
+    assert list(parts) == ["out", "lse", "dq", "dk", "dv", "dsinks"]
+
+    kernels = torch_ops._kernels()
+    monkeypatch.setattr(kernels, "launch_attention_backward", lambda *args, **kwargs: None)
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "dsinks" in result.output
+    assert json.loads(path.read_text())["passed"] is False
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--grad", "--model", "folder"], "gradients are verified feature by feature"),
         (["--feature", "no such row"], "feature must be part of one of these names"),
         (["--dtype", "fp8"], "dtype must be one of"),
         (["--device", "tpu"], "expected cpu or cuda, got tpu"),

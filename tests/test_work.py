@@ -38,7 +38,7 @@ def measure(
 ) -> WorkMeter:
     """The work of one launch of the forward kernel with given tiles."""
     from fastattn.kernels.attention import Modifiers, launch_attention_forward
-    from fastattn.kernels.attention.config import ForwardConfig
+    from fastattn.kernels.attention.config import TileConfig
 
     mask_parts, bias_parts = masks.take_apart(mask), biases.take_apart(bias)
     modifiers = Modifiers(softmax_scale=0.25, sinks=sinks, **vars(mask_parts), **vars(bias_parts))
@@ -47,7 +47,7 @@ def measure(
     if return_lse:
         shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
         lse = torch.full(shape, float("nan"))
-    config = ForwardConfig(block_m, block_n, 4, 1)
+    config = TileConfig(block_m, block_n, 4, 1)
     with WorkMeter(q=q, k=k, v=v, out=out, lse=lse, **named) as work:
         launch_attention_forward(q, k, v, out, lse, modifiers, config=config)
     assert work.launches == 1

@@ -24,6 +24,11 @@ RULE = (
     "Shown is the largest error of the output against float64. Passed: output, log-sum-exp and\n"
     "weights have at most 2 x torch's error + one rounding unit, as maximum and root mean square."
 )
+GRADIENT_RULE = (
+    "Shown is the gradient that uses most of what the rule allows: its largest error against\n"
+    "float64. Passed: output, log-sum-exp, weights and each gradient have at most 2 x torch's\n"
+    "error + one rounding unit, as maximum and root mean square."
+)
 MODEL_RULE = (
     "Largest error against the model in float64 with eager attention. Passed: at most 2 x the\n"
     "error of eager attention + one rounding unit, as maximum and root mean square."
@@ -44,6 +49,9 @@ def verify(
     feature: Annotated[
         str | None, typer.Option(help="Only features whose name contains this.")
     ] = None,
+    grad: Annotated[
+        bool, typer.Option("--grad", help="Verify the backward pass too: each gradient by itself.")
+    ] = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write the results to this file.")
     ] = None,
@@ -65,6 +73,10 @@ def verify(
     """Compare every feature, or a model, with float64: exits with 1 if any fails the 2x rule."""
     from fastattn.testing.interpreter import is_interpreting
 
+    if grad and model is not None:
+        raise typer.BadParameter(
+            "gradients are verified feature by feature, and not of a --model", param_hint="--grad"
+        )
     device = _chosen_device(device)
     if device.startswith("cpu") and (model is None or impl == "triton"):
         _interpret()
@@ -78,13 +90,14 @@ def verify(
         if model is not None:
             results, passed = _verify_model(model, device, dtype or ["fp32"], impl)
         else:
-            results, passed = _verify_features(device, dtype, feature, jobs)
+            results, passed = _verify_features(device, dtype, feature, grad, jobs)
     except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
         typer.echo(f"fastattn verify: {error}", err=True)
         raise typer.Exit(2) from error
     if json_path is not None:
         document = {
             "device": _describe(device),
+            "grad": grad,
             "versions": _versions(),
             "seconds": round(time.perf_counter() - started, 1),
             "passed": passed,
@@ -120,7 +133,7 @@ def _interpret() -> None:
 
 
 def _verify_features(
-    device: str, dtypes: list[str] | None, substring: str | None, jobs: int
+    device: str, dtypes: list[str] | None, substring: str | None, grad: bool, jobs: int
 ) -> tuple[list[dict[str, Any]], bool]:
     from fastattn.testing.features import find_features
     from fastattn.testing.verify import DTYPES, verify
@@ -139,8 +152,8 @@ def _verify_features(
             failed = f"[red]{failures} failed" if failures else ""
             bar.update(task, advance=1, description=result.feature, failed=failed)
 
-        results = verify(device, dtypes, rows, jobs=jobs, progress=show)
-    _print_features(results, device, time.perf_counter() - started)
+        results = verify(device, dtypes, rows, grad=grad, jobs=jobs, progress=show)
+    _print_features(results, device, grad, time.perf_counter() - started)
     return [result.to_dict() for result in results], all(result.passed for result in results)
 
 
@@ -199,15 +212,17 @@ def _verdict(passed: bool, text: str) -> str:
     return f"[green]{text}" if passed else f"[bold red]{text}"
 
 
-def _print_features(results: list[Result], device: str, seconds: float) -> None:
-    table = _table("feature", "dtype")
+def _print_features(results: list[Result], device: str, grad: bool, seconds: float) -> None:
+    table = _table("feature", "dtype", *(["gradient"] if grad else []))
     for before, result in zip([None, *results], results, strict=False):
         new = before is None or before.feature != result.feature
-        cells = _cells(result.parts["out"]) if "out" in result.parts else ("", "", "")
+        shown = result.worst_gradient if grad else "out"
+        part = result.parts.get(shown or "")
         table.add_row(
             result.feature if new else "",
             result.dtype,
-            *cells,
+            *([shown] if grad else []),
+            *(_cells(part) if part is not None else ("", "", "")),
             _verdict(result.passed, result.verdict),
         )
     console = _console()
@@ -216,7 +231,7 @@ def _print_features(results: list[Result], device: str, seconds: float) -> None:
         if not result.passed:
             console.print(str(result), markup=False)
     failed = sum(not result.passed for result in results)
-    console.print(RULE, style="dim", markup=False)
+    console.print(GRADIENT_RULE if grad else RULE, style="dim", markup=False)
     console.print(
         _verdict(not failed, f"{len(results) - failed} of {len(results)} passed")
         + f"[/] on {_describe(device)} in {seconds:.0f} s"

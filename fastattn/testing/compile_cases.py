@@ -53,6 +53,41 @@ def attention_cases(target: Target) -> Iterator[CompileCase]:
                 )
 
 
+def attention_backward_cases(target: Target) -> Iterator[CompileCase]:
+    """Backward kernels: dtypes x head dimensions x features, on one target."""
+    few = ("causal", "T5 bias", "everything")
+    for dtype, head_dim, features in (
+        (torch.bfloat16, 64, (*_FEATURES, "dropout, causal")),
+        (torch.bfloat16, 128, (*_FEATURES, "dropout, causal")),
+        (torch.bfloat16, 256, few),
+        (torch.float16, 64, few[:1]),
+        (torch.float16, 128, few[:1]),
+        (torch.float32, 64, few),
+        (torch.float32, 128, few),
+        (torch.float32, 256, few),
+    ):
+        for feature in features:
+            modifiers = {**_FEATURES, **_TRAINING_FEATURES}[feature]
+            config = _backward_config(target, dtype, head_dim, modifiers)
+            yield CompileCase(
+                kernel="attention_backward",
+                case=_name(dtype, head_dim, feature),
+                config=config,
+                launch=partial(launch_backward, head_dim, dtype, modifiers, config),
+                expect_tensor_cores=dtype != torch.float32,
+            )
+
+
+def _backward_config(
+    target: Target, dtype: torch.dtype, head_dim: int, modifiers: dict[str, Any]
+) -> Any:
+    from fastattn.kernels.attention.config import select_backward_config
+
+    count = _modifiers(modifiers, head_dim, dtype).count
+    by_distance = "relative_bias" in modifiers
+    return select_backward_config(target.name, head_dim, dtype, count, by_distance)
+
+
 def _name(dtype: torch.dtype, head_dim: int, feature: str) -> str:
     return f"{str(dtype).removeprefix('torch.')} D{head_dim} {feature}"
 
@@ -108,6 +143,15 @@ _FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+_TRAINING_FEATURES: dict[str, dict[str, Any]] = {
+    "dropout, causal": {
+        "window_right": 0,
+        "dropout_p": 0.1,
+        "dropout_seed": lambda: torch.zeros(1, dtype=torch.int64),
+    },
+}
+
+
 def _modifiers(features: dict[str, Any | Callable[[], Any]], head_dim: int, dtype: Any) -> Any:
     from fastattn.kernels.attention import Modifiers
 
@@ -143,3 +187,24 @@ def _launch_weights(
     weights = torch.empty(2, _HEADS, _SEQLEN, _SEQLEN)
     modifiers = _modifiers(features, head_dim, dtype)
     launch_attention_weights(q, k, lse, weights, modifiers, config=config)
+
+
+def launch_backward(
+    head_dim: int, dtype: torch.dtype, features: dict[str, Any], config: Any
+) -> None:
+    """Launches the backward kernels on empty tensors, with a gradient of all that has one."""
+    from fastattn.kernels.attention import Gradients, launch_attention_backward
+
+    packed = "cu_seqlens_q" in features
+    q, k, v, out = _operands(head_dim, dtype, packed)
+    lse_shape = (_HEADS, _SEQLEN) if packed else (2, _HEADS, _SEQLEN)
+    modifiers = _modifiers(features, head_dim, dtype)
+    needed = {"dbias": modifiers.bias, "drelative": modifiers.relative_bias}
+    gradients = Gradients(
+        *(torch.empty_like(x) for x in (q, k, v)),
+        dsinks=None if modifiers.sinks is None else torch.empty_like(modifiers.sinks),
+        **{name: None if x is None else torch.empty_like(x) for name, x in needed.items()},
+    )
+    stats, dlse = torch.empty(2, *lse_shape), torch.empty(lse_shape)
+    dout = torch.empty_like(out)
+    launch_attention_backward(q, k, v, out, stats, dout, dlse, modifiers, gradients, config=config)

@@ -300,7 +300,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature("no queries", seqlen_q=0),
     # heads and layouts
     Feature("grouped-query", num_heads=4, weights=True),
-    Feature("grouped-query, groups of 4", _causal, num_heads=8, seqlen_q=70, seqlen_k=130),
+    Feature("grouped-query, groups of 4", _causal, batch=1, num_heads=8, seqlen_q=60,
+            seqlen_k=100),
     Feature("multi-query", _causal, num_heads=3, num_heads_kv=1),
     *(
         Feature(f"head_dim {dim}", _causal, head_dim=dim, batch=1, num_heads=1, num_heads_kv=1,
@@ -416,8 +417,8 @@ FEATURES: tuple[Feature, ...] = (
             seqlen_q=116, seqlen_k=151, num_heads_kv=1, packed=True, gradient="sum"),
     Feature("gradient of out alone", _causal, num_heads=4, gradient="out"),
     Feature("gradient of lse alone",
-            lambda draw: {"bias": draw.normal(2, 100, 100), "sinks": draw.normal(2)},
-            gradient="lse"),
+            lambda draw: {"bias": draw.normal(8, 60, 60), "sinks": draw.normal(8)},
+            batch=1, seqlen_q=60, seqlen_k=60, num_heads=8, gradient="lse"),
     # all at once
     Feature("everything", _everything, seqlen_q=130, seqlen_k=150, num_heads_kv=1, layout="gaps",
             weights=True),

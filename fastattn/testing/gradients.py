@@ -41,7 +41,8 @@ def run(
         case: the call. Its tensors are differentiated as they are, with their strides.
         output_gradients: of out and lse, in any floating dtype, which are cast to those of the
             results; None is no part of what is differentiated. Without any, nothing is.
-        return_lse: whether the call returns the log-sum-exp. If not, its gradient is not used.
+        return_lse: whether the call returns the log-sum-exp. If not, its gradient is not used, and
+            without one of out there is no backward pass.
 
     Returns:
         "out", "lse" if it is returned, and with `output_gradients` "dq", "dk", "dv" and, where the
@@ -67,6 +68,8 @@ def run(
         for name, start in starts.items()
         if name in results and start is not None
     ]
+    if not pairs:
+        return found
     outputs, grad_outputs = zip(*pairs, strict=True)
     gradients = torch.autograd.grad(outputs, list(leaves.values()), grad_outputs, allow_unused=True)
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):

@@ -173,6 +173,166 @@ class BackwardConfig:
     keys: TileConfig
     bias: TileConfig
 
+    def __str__(self) -> str:
+        return f"rows {self.rows}; keys {self.keys}; bias {self.bias}"
+
+
+@dataclass(frozen=True)
+class BackwardTiles:
+    """The backward tiles of one chip, dtype and head dimension.
+
+    `by_distance` is for the walk by rows where a bias by distance needs its gradient, which takes
+    block_m <= block_n; so do the crowded tiles.
+    """
+
+    rows: Tiles
+    keys: Tiles
+    by_distance: TileConfig
+    bias: TileConfig
+
+
+def _backward_tiles(
+    rows: tuple[_Tile, _Tile, _Tile],
+    keys: tuple[_Tile, _Tile, _Tile],
+    by_distance: _Tile,
+    bias: _Tile,
+    max_registers: int | None = None,
+) -> BackwardTiles:
+    return BackwardTiles(
+        _tiles(*rows, max_registers),
+        _tiles(*keys, max_registers),
+        TileConfig(*by_distance, max_registers),
+        TileConfig(*bias, max_registers),
+    )
+
+
+# By chip and by head dimension up to the key: rows (plain, modified, crowded), keys, by_distance,
+# bias. Like the forward tiles, they follow compile reports; none has been timed yet.
+HALF_BACKWARD_CONFIGS: dict[str, dict[int, BackwardTiles]] = {
+    "sm_80": {
+        64: _backward_tiles(
+            ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
+            ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1)),
+            (32, 64, 8, 2),
+            (64, 64, 8, 1),
+        ),
+        128: _backward_tiles(
+            ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+            ((32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
+            (32, 32, 8, 1),
+            (32, 32, 8, 1),
+        ),
+        256: _backward_tiles(
+            ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            (32, 32, 8, 1),
+            (32, 32, 8, 1),
+            255,
+        ),
+    },
+    "sm_90": {
+        64: _backward_tiles(
+            ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 4, 2)),
+            ((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 4, 2)),
+            (64, 64, 8, 2),
+            (64, 64, 8, 1),
+        ),
+        128: _backward_tiles(
+            ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
+            ((32, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)),
+            (32, 64, 8, 2),
+            (64, 64, 8, 1),
+        ),
+        256: _backward_tiles(
+            ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+            ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            (32, 32, 8, 1),
+            (32, 32, 8, 1),
+            255,
+        ),
+    },
+    "sm_100": {
+        64: _backward_tiles(
+            ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
+            ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 2)),
+            (64, 64, 8, 2),
+            (64, 64, 8, 1),
+        ),
+        128: _backward_tiles(
+            ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+            ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+            (32, 64, 8, 2),
+            (64, 64, 8, 1),
+        ),
+        256: _backward_tiles(
+            ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+            ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            (32, 32, 8, 1),
+            (32, 32, 8, 1),
+            255,
+        ),
+    },
+    "sm_120": {
+        64: _backward_tiles(
+            ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
+            ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1)),
+            (32, 64, 8, 2),
+            (64, 64, 8, 1),
+        ),
+        128: _backward_tiles(
+            ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+            ((32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
+            (32, 32, 8, 1),
+            (32, 32, 8, 1),
+        ),
+        256: _backward_tiles(
+            ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+            (32, 32, 8, 1),
+            (32, 32, 8, 1),
+            255,
+        ),
+    },
+    "gfx942": {
+        64: _backward_tiles(
+            ((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
+            ((64, 64, 8, 1), (32, 64, 8, 1), (32, 32, 4, 1)),
+            (32, 64, 8, 1),
+            (64, 64, 8, 1),
+        ),
+        128: _backward_tiles(
+            ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
+            ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 4, 1)),
+            (32, 32, 4, 1),
+            (32, 32, 4, 1),
+        ),
+        256: _backward_tiles(
+            ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+            ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+            (32, 32, 4, 1),
+            (32, 32, 4, 1),
+        ),
+    },
+}
+
+FLOAT32_BACKWARD_CONFIGS: dict[str, dict[int, BackwardTiles]] = {
+    chip: {
+        limit: _backward_tiles(
+            (tile, tile, crowded),
+            (tile, tile, crowded),
+            crowded,
+            crowded,
+            None if chip == "gfx942" else 255,
+        )
+        for limit, tile, crowded in (
+            (64, (32, 32, 8, 1), (16, 16, 4, 1)),
+            (128, (16, 16, 4, 1), (16, 16, 4, 1)),
+            (256, (16, 16, 8, 1), (16, 16, 8, 1)),
+        )
+    }
+    for chip in HALF_BACKWARD_CONFIGS
+}
+
 
 def select_backward_config(
     chip: str, head_dim: int, dtype: torch.dtype, num_modifiers: int, by_distance: bool
@@ -185,7 +345,14 @@ def select_backward_config(
     """
     if chip == "interpreter":
         return BackwardConfig(INTERPRETER_CONFIG, INTERPRETER_CONFIG, INTERPRETER_CONFIG)
-    raise NotImplementedError
+    table = (FLOAT32_BACKWARD_CONFIGS if dtype == torch.float32 else HALF_BACKWARD_CONFIGS)[chip]
+    chosen = table[next(limit for limit in table if head_dim <= limit)]
+    if num_modifiers > 1:
+        return BackwardConfig(chosen.rows.crowded, chosen.keys.crowded, chosen.bias)
+    if num_modifiers == 0:
+        return BackwardConfig(chosen.rows.plain, chosen.keys.plain, chosen.bias)
+    rows = chosen.by_distance if by_distance else chosen.rows.modified
+    return BackwardConfig(rows, chosen.keys.modified, chosen.bias)
 
 
 @dataclass(frozen=True)

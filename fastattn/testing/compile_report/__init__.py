@@ -43,7 +43,10 @@ __all__ = [
 ]
 
 #: Functions ``(target: Target) -> Iterable[CompileCase]`` that list the cases, "module:function".
-DEFAULT_FACTORIES: tuple[str, ...] = ("fastattn.testing.compile_cases:attention_cases",)
+DEFAULT_FACTORIES: tuple[str, ...] = (
+    "fastattn.testing.compile_cases:attention_cases",
+    "fastattn.testing.compile_cases:attention_backward_cases",
+)
 
 
 def compile_report(

@@ -369,8 +369,10 @@ def _init_args_hst(self: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _run_grid(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # Chips do not warn of an overflow or a NaN, and neither do we.
-    with observing(BoundsCheck()), np.errstate(all="ignore"):
+    # Chips do not warn of an overflow or a NaN, and neither do we. Autocast is for the caller's
+    # operations, and some of a kernel's are torch's here.
+    quiet, exact = np.errstate(all="ignore"), torch.autocast("cpu", enabled=False)
+    with observing(BoundsCheck()), quiet, exact:
         _patched.append(set())
         try:
             return _STOCK["__call__"](self, *args, **kwargs)

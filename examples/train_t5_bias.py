@@ -1,0 +1,321 @@
+"""Trains a small T5 to translate program messages from English to German, on real gettext catalogs.
+
+    python examples/train_t5_bias.py
+
+T5 knows where a word stands only by its learned relative position bias: a table of a bias for each
+head and bucket of distances, `fastattn.T5Bias`. This script trains it in two ways:
+
+1. through the Triton kernels and their gradient of the table, beside the reference implementation
+   and float64, a few small batches (on a CPU in Triton's interpreter);
+2. for long, with the implementation that `impl="auto"` takes; then it translates messages that it
+   has not seen, scores them with sacrebleu and shows what the tables have learned.
+
+The messages are those of git and GCC (GPL-2, GPL-3+), read from where Debian installs them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import gettext_pairs
+import torch
+import typer
+from gettext_pairs import DataError, Example, Pair, batches, collate
+from rich.console import Console
+from t5_kernel_check import check_kernels, progress_bar
+from t5_report import draw, print_results
+from t5_small import Config, T5Small, loss
+from torch import Tensor
+
+import fastattn
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+NEEDS = ("tokenizers", "sacrebleu", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the long training."""
+
+    steps: int
+    seed: int = 0
+    vocab_size: int = 4000
+    batch_tokens: int = 1000  # padded, on the longer side
+    learning_rate: float = 4e-3
+    warmup_share: float = 0.1
+    label_smoothing: float = 0.1
+    clip_norm: float = 1.0
+    evaluations: int = 12
+    num_valid: int = 500
+    num_test: int = 500
+
+
+def train(
+    model: T5Small,
+    train_examples: Sequence[Example],
+    valid_examples: Sequence[Example],
+    settings: Settings,
+    impl: str = "auto",
+) -> list[dict[str, float]]:
+    """Trains the model; a record for each evaluation, the first before the first step.
+
+    AdamW with a learning rate that rises linearly and then falls by a cosine to 0.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
+    device = str(model.embedding.weight.device)
+    stream = _endless(train_examples, settings)
+    every = max(1, settings.steps // settings.evaluations)
+    records = [{"step": 0.0, "seconds": 0.0, "valid": evaluate(model, valid_examples, impl)}]
+    total, started = torch.zeros((), device=device), time.perf_counter()
+    with progress_bar() as bar:
+        task = bar.add_task("training", total=settings.steps, note="")
+        for step in range(1, settings.steps + 1):
+            model.train()
+            value = loss(model, next(stream).to(device), impl, settings.label_smoothing)
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+            optimizer.step()
+            schedule.step()
+            total += value.detach()
+            if step % every == 0 or step == settings.steps:
+                seconds = time.perf_counter() - started
+                valid = evaluate(model, valid_examples, impl)
+                mean = total.item() / (step - records[-1]["step"])
+                records.append({"step": step, "seconds": seconds, "train": mean, "valid": valid})
+                total.zero_()
+            bar.update(task, advance=1, note=f"held-out loss {records[-1]['valid']:.2f}")
+    return records
+
+
+def _rate(step: int, settings: Settings) -> float:
+    """The learning rate's factor, 0 to 1."""
+    warmup = max(1, round(settings.warmup_share * settings.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup))
+
+
+def _endless(examples: Sequence[Example], settings: Settings) -> Iterator[gettext_pairs.Batch]:
+    generator = torch.Generator().manual_seed(settings.seed)
+    while True:
+        yield from map(collate, batches(examples, settings.batch_tokens, generator))
+
+
+@torch.no_grad()
+def evaluate(model: T5Small, examples: Sequence[Example], impl: str = "auto") -> float:
+    """Mean cross entropy of a held-out target token, in nats, without dropout or smoothing."""
+    model.eval()
+    device = str(model.embedding.weight.device)
+    total, tokens = 0.0, 0
+    for group in batches(examples, 4000, None):
+        count = sum(len(example.target) for example in group)
+        total += loss(model, collate(group).to(device), impl).item() * count
+        tokens += count
+    return total / tokens
+
+
+def translate(
+    model: T5Small, tokenizer: Tokenizer, examples: Sequence[Example], impl: str = "auto"
+) -> list[str]:
+    """Greedy translations in the order of `examples`, computed in batches of similar lengths."""
+    model.eval()
+    device = str(model.embedding.weight.device)
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].source))
+    texts = [""] * len(examples)
+    with progress_bar() as bar:
+        task = bar.add_task("translating", total=len(examples), note="")
+        for start in range(0, len(order), 64):
+            chosen = order[start : start + 64]
+            batch = collate([examples[index] for index in chosen]).to(device)
+            longest = 2 * batch.source.shape[1] + 10
+            rows = model.translate(batch.source, batch.source_lengths, longest, impl)
+            for index, row in zip(chosen, rows, strict=True):
+                texts[index] = tokenizer.decode(row).strip()
+            bar.update(task, advance=len(chosen))
+    return texts
+
+
+def most_similar(
+    tokenizer: Tokenizer, train_pairs: Sequence[Pair], queries: Sequence[Pair]
+) -> list[str]:
+    """What a translation memory gives: the German of the training message most like each query.
+
+    Alike by the share of tokens that both have (Jaccard). It shows how far repetition alone leads.
+    """
+
+    def bags(pairs: Sequence[Pair]) -> Tensor:
+        result = torch.zeros(len(pairs), tokenizer.get_vocab_size())
+        for row, encoding in enumerate(tokenizer.encode_batch([p.english for p in pairs])):
+            result[row, encoding.ids] = 1.0
+        return result
+
+    asked = bags(queries)
+    best = torch.full((len(queries),), -1.0)
+    answers = torch.zeros(len(queries), dtype=torch.int64)
+    for start in range(0, len(train_pairs), 4000):
+        known = bags(train_pairs[start : start + 4000])
+        shared = asked @ known.T
+        score, index = (shared / (asked.sum(1)[:, None] + known.sum(1) - shared)).max(1)
+        answers = torch.where(score > best, index + start, answers)
+        best = best.maximum(score)
+    return [train_pairs[index].german for index in answers.tolist()]
+
+
+def score(hypotheses: list[str], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """BLEU, chrF and how many are the catalog's translation to the letter."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    references = [[pair.german for pair in pairs]]
+    bleu, chrf = BLEU(), CHRF()
+    return {
+        "bleu": bleu.corpus_score(hypotheses, references).score,
+        "chrf": chrf.corpus_score(hypotheses, references).score,
+        "exact": sum(text == pair.german for text, pair in zip(hypotheses, pairs, strict=True)),
+        "signatures": [str(bleu.get_signature()), str(chrf.get_signature())],
+    }
+
+
+def run(
+    pairs: Sequence[Pair], settings: Settings, check_steps: int, check_impl: str, device: str
+) -> dict[str, Any]:
+    """Everything that is measured."""
+    parts = gettext_pairs.split_pairs(pairs, settings.num_valid, settings.num_test)
+    tokenizer = gettext_pairs.train_tokenizer(parts.train, settings.vocab_size)
+    train_set, valid_set, test_set = (gettext_pairs.encode(tokenizer, part) for part in parts)
+    config = Config(tokenizer.get_vocab_size())
+    check = None
+    if check_steps:
+        started = time.perf_counter()
+        check = check_kernels(train_set, config, check_steps, device, settings.seed, check_impl)
+        check["seconds"] = time.perf_counter() - started
+    torch.manual_seed(settings.seed)
+    model = T5Small(config).to(device)
+    records = train(model, train_set, valid_set, settings)
+    started = time.perf_counter()
+    texts = translate(model, tokenizer, test_set)
+    seconds = time.perf_counter() - started
+    scores = {
+        "model": score(texts, parts.test),
+        "most similar training message": score(
+            most_similar(tokenizer, parts.train, parts.test), parts.test
+        ),
+        "English left as it is": score([pair.english for pair in parts.test], parts.test),
+    }
+    return {
+        "settings": asdict(settings),
+        "model": {
+            **asdict(config),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "pairs": {name: len(part) for name, part in parts._asdict().items()},
+        "train_tokens": [sum(len(example[side]) for example in train_set) for side in (0, 1)],
+        "kernel_check": check,
+        "training": records,
+        "translation_seconds": seconds,
+        "scores": scores,
+        # The first of the test set, whose order is that of a hash of the English.
+        "samples": [
+            {"english": pair.english, "german": pair.german, "model": text}
+            for pair, text in zip(parts.test[:10], texts, strict=False)
+        ],
+        "bias_by_distance": {
+            name: bias.by_distance().detach().cpu().tolist()
+            for name, bias in zip(("encoder", "decoder"), model.biases(), strict=True)
+        },
+    }
+
+
+def main(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the .mo files, at any depth, before /usr/share/locale."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda; by default cuda where there is one.")
+    ] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Of the long training.")] = 900,
+    check_steps: Annotated[
+        int, typer.Option(min=0, help="Of the training beside the reference; 0 leaves it out.")
+    ] = 40,
+    check_impl: Annotated[
+        str, typer.Option(help="What is trained beside the reference: triton or sdpa.")
+    ] = "triton",
+    seed: Annotated[int, typer.Option(help="Of weights, order and dropout.")] = 0,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for figures, tables and plots.")
+    ] = Path(__file__).parent / "results",
+) -> None:
+    """Train a small T5 on gettext catalogs through fastattn's relative position bias."""
+    device = _check(device)
+    started = time.perf_counter()
+    try:
+        catalogs = gettext_pairs.find_catalogs(data)
+        counted = {name: gettext_pairs.read_catalog(path) for name, path in catalogs.items()}
+        pairs = [pair for catalog in counted.values() for pair in catalog]
+        results = run(pairs, Settings(steps, seed), check_steps, check_impl, device)
+    except (DataError, NotImplementedError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    results["catalogs"] = {
+        name: {"pairs": len(counted[name]), "package": package, "licence": licence}
+        for name, (package, licence) in gettext_pairs.CATALOGS.items()
+    }
+    results.update(_environment(device), seconds=time.perf_counter() - started)
+    output.mkdir(parents=True, exist_ok=True)
+    target = output / "train_t5_bias"
+    target.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plots = draw(results, target)
+    console = Console(highlight=False, record=True, width=None if sys.stdout.isatty() else 110)
+    print_results(results, console)
+    console.save_text(str(target.with_suffix(".txt")), clear=False)
+    names = ", ".join(path.name for path in (*plots, target.with_suffix(".txt")))
+    console.print(f"written: {target}.json, {names}", style="bold", soft_wrap=True)
+
+
+def _check(device: str) -> str:
+    """The device to use, or an error that says what is missing."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        typer.echo(f"error: this example needs: pip install {' '.join(missing)}", err=True)
+        raise typer.Exit(1)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu or cuda, got {device}", param_hint="--device")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no CUDA device", param_hint="--device")
+    return device
+
+
+def _environment(device: str) -> dict[str, Any]:
+    names = ("torch", "triton", "tokenizers", "sacrebleu")
+    found = {n: importlib.metadata.version(n) for n in names if importlib.util.find_spec(n)}
+    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu,
+        "versions": {
+            "fastattn": fastattn.__version__,
+            "python": platform.python_version(),
+            **found,
+        },
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

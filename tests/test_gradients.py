@@ -1,0 +1,151 @@
+"""Gradients besides their parity, which is in `test_parity.py`; and parity of what torch runs."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import fastattn
+from fastattn import Lengths, reference
+from fastattn.problem import AttentionProblem, make_problem
+from fastattn.testing import compare, make_qkv
+from fastattn.testing.features import FEATURES, Case, Feature
+from fastattn.testing.gradients import run
+from fastattn.testing.verify import DTYPES, check_feature
+
+triton_attention = partial(fastattn.attention, impl="triton")
+
+
+def name_of(feature: Feature) -> str:
+    return feature.name
+
+
+def row_named(name: str) -> Feature:
+    (feature,) = [row for row in FEATURES if row.name == name]
+    return feature
+
+
+def run_backward(feature: Feature, case: Case) -> dict[str, Tensor]:
+    """Results and gradients of the kernels."""
+    return run(triton_attention, case, feature.output_gradients(case))
+
+
+# The kernels.
+
+
+@pytest.mark.parametrize("name", ["everything", "Packed, causal", "dropout", "no keys"])
+def test_kernels_give_the_same_with_and_without_gradients(name: str, device: str) -> None:
+    case = row_named(name).case(torch.bfloat16, device)
+    without = run(triton_attention, case)
+    training = run_backward(row_named(name), case)
+    assert torch.equal(training["out"], without["out"])
+    assert torch.equal(training["lse"], without["lse"])
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["high tiles", "wide tiles"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "everything", "Window(left, right)", "Packed, window, T5Bias", "T5Bias, far tiles",
+        "bias, broadcast over batch", "dropout, causal, grouped-query",
+    ],
+)  # fmt: skip
+def test_backward_tiles_of_any_shape(
+    name: str, wide: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastattn.kernels.attention import backward
+    from fastattn.kernels.attention.config import BackwardConfig, TileConfig
+
+    high_tile, wide_tile = TileConfig(128, 32, 4, 1), TileConfig(32, 64, 4, 1)
+    tile = wide_tile if wide else high_tile
+    # By rows, a bias by distance needs tiles that are not higher than wide.
+    by_rows = wide_tile if "T5Bias" in name or name == "everything" else tile
+    config = BackwardConfig(by_rows, tile, tile)
+    monkeypatch.setattr(backward, "select_backward_config", lambda *args, **kwargs: config)
+    result = check_feature(row_named(name), "fp32", device, grad=True)
+    assert result.passed, str(result)
+
+
+@pytest.mark.parametrize("name", ["everything", "everything, packed", "dropout"])
+def test_same_inputs_give_the_same_gradients_bit_by_bit(name: str, device: str) -> None:
+    feature = row_named(name)
+    first, second = (run_backward(feature, feature.case(torch.float32, device)) for _ in range(2))
+    assert first.keys() == second.keys()
+    for part, tensor in first.items():
+        assert torch.equal(tensor, second[part]), part
+
+
+def test_what_lies_in_the_padding_never_reaches_a_gradient(device: str) -> None:
+    q, k, v = make_qkv(2, 100, 100, 4, 2, 32, device=device)
+    mask = Lengths(
+        torch.tensor([37, 90], device=device), seqlens_q=torch.tensor([80, 0]).to(device)
+    )
+    bias = torch.randn(2, 4, 100, 100, generator=torch.Generator().manual_seed(0)).to(device)
+    starts = torch.ones_like(q), None
+    case = Case(q, k, v, {"mask": mask, "bias": bias})
+    clean = run(triton_attention, case, starts)
+    for index, length in enumerate((37, 90)):
+        k[index, length:], v[index, length:] = math.nan, math.nan
+        bias[index, :, :, length:] = math.nan
+    q[0, 80:], q[1], bias[0, :, 80:], bias[1] = math.nan, math.nan, math.nan, math.nan
+    for part, tensor in run(triton_attention, case, starts).items():
+        assert torch.equal(tensor, clean[part]), part
+    assert clean["dq"][0, :80].count_nonzero() and clean["dq"][1].count_nonzero() == 0
+    assert clean["dk"][0, :37].count_nonzero() and clean["dk"][0, 37:].count_nonzero() == 0
+
+
+# What "auto" runs on a CPU.
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("feature", FEATURES, ids=name_of)
+def test_torch_implementations(feature: Feature, dtype: str) -> None:
+    """What "auto" runs on a CPU: torch's own attention, or else plain torch.
+
+    The backward pass of torch's own rounds differently from autograd of the definition: a gradient
+    may be measured by that or by the gradient of one call of torch's with a dense mask.
+    """
+    case = feature.case(DTYPES[dtype])
+    differentiate = partial(run, output_gradients=feature.output_gradients(case), return_lse=False)
+    actual = differentiate(partial(fastattn.attention, impl="auto"), case)
+    exact = differentiate(reference.attention, case.double())
+    baseline = differentiate(reference.attention, case)
+    for name in exact:
+        part = compare(actual[name], baseline[name], exact[name])
+        if not part.passed and name != "out" and case.call(fastattn.explain).chosen == "sdpa":
+            part = compare(actual[name], differentiate(dense_sdpa, case)[name], exact[name])
+        assert part.passed, f"{name} {part}"
+
+
+def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **kwargs: Any) -> Tensor:
+    """torch's own attention on a dense mask and bias, each packed sequence by itself."""
+    problem = make_problem(q, k, v, **kwargs)
+    if problem.packed is None:
+        return _dense_sdpa(problem)
+    slices = enumerate(problem.packed.slices())
+    pieces = [_dense_sdpa(problem.sequence(i, *rows_and_keys))[0] for i, rows_and_keys in slices]
+    return torch.cat(pieces).reshape(*q.shape[:-1], v.shape[-1])
+
+
+def _dense_sdpa(problem: AttentionProblem) -> Tensor:
+    q, k, v = problem.q, problem.k, problem.v
+    group = q.shape[2] // k.shape[2]
+    bias = q.new_zeros(1, 1, q.shape[1], k.shape[1])
+    if problem.bias is not None:
+        bias = problem.bias.dense(q.shape[1], k.shape[1], q.dtype)
+    if problem.mask is not None:
+        visible = problem.mask.dense(q.shape[1], k.shape[1], q.device)
+        bias = bias.masked_fill(~visible, -math.inf)
+    return scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2).repeat_interleave(group, 1),
+        v.transpose(1, 2).repeat_interleave(group, 1),
+        attn_mask=bias,
+        scale=problem.softmax_scale,
+    ).transpose(1, 2)
