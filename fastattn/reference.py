@@ -61,11 +61,10 @@ def run(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 
 def _attend_nothing(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Without sequences: no rows, but still part of autograd's graph."""
     q = problem.q
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_zeros(*q.shape[:-1], problem.v.shape[-1]), q.new_zeros(
-        q.shape[1], q.shape[0], dtype=lse_dtype
-    )
+    return q[..., :1].expand(-1, -1, problem.v.shape[-1]), q[..., 0].t().to(lse_dtype)
 
 
 def _attend(problem: AttentionProblem) -> tuple[Tensor, Tensor]:

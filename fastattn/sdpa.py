@@ -6,12 +6,15 @@ their sequences instead, so that padding costs nothing; that reads the lengths o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastattn import masks
-from fastattn.masks import DenseMask, Joined, Lengths, Mask
+from fastattn.masks import DenseMask, Joined, Lengths, Mask, Packed
 from fastattn.problem import AttentionProblem
 from fastattn.validation import values_readable
 
@@ -41,17 +44,33 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
 def run(problem: AttentionProblem) -> Tensor:
     """Output of a checked problem."""
     if problem.packed is not None:
-        slices = enumerate(problem.packed.slices())
-        pieces = [_attend(problem.sequence(i, rows, keys))[0] for i, (rows, keys) in slices]
-        return torch.cat(pieces) if pieces else problem.q.new_zeros(_out_shape(problem))
+        pieces = [_attend(sequence)[0] for sequence in _sequences(problem, problem.packed)]
+        # Without sequences there are no rows, but they are still part of autograd's graph.
+        no_rows = problem.q[..., :1].expand(-1, -1, problem.v.shape[-1])
+        return torch.cat(pieces) if pieces else no_rows
     lengths = _lengths(problem.mask)
-    if lengths is None or torch.compiler.is_compiling() or problem.q.device.type != "cpu":
+    on_host = problem.q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if lengths is None or not on_host or problem.num_sequences == 0:
         return _attend(problem)
     return _attend_by_sequence(problem, lengths)
 
 
-def _out_shape(problem: AttentionProblem) -> tuple[int, ...]:
-    return (*problem.q.shape[:-1], problem.v.shape[-1])
+def _sequences(problem: AttentionProblem, packed: Packed) -> Iterator[AttentionProblem]:
+    """Each packed sequence as a problem of its own.
+
+    Operands are split at once and not sliced one by one: autograd gives each slice a gradient of
+    the whole's size.
+    """
+    slices = packed.slices()
+    if not slices:
+        return
+    lengths_q, lengths_k = ([s.stop - s.start for s in one] for one in zip(*slices, strict=True))
+    operands = zip(
+        problem.q.split(lengths_q), problem.k.split(lengths_k), problem.v.split(lengths_k),
+        strict=True,
+    )  # fmt: skip
+    for index, (own, (q, k, v)) in enumerate(zip(slices, operands, strict=True)):
+        yield replace(problem.sequence(index, *own), q=q[None], k=k[None], v=v[None])
 
 
 def _lengths(mask: Mask | None) -> Lengths | None:
@@ -67,7 +86,7 @@ def _attend_by_sequence(problem: AttentionProblem, lengths: Lengths) -> Tensor:
     starts = [0] * batch if parts.starts_k is None else parts.starts_k.tolist()
     rows = [seqlen_q] * batch if parts.seqlens_q is None else parts.seqlens_q.tolist()
     mask = _without(problem.mask, lengths)
-    # Split at once, not sliced one by one: each slice would have a gradient of the whole's size.
+    # Split at once, as in `_sequences`.
     operands = zip(problem.q.split(1), problem.k.split(1), problem.v.split(1), strict=True)
     pieces = []
     for index, (q, k, v) in enumerate(operands):

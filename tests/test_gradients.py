@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastattn
-from fastattn import Lengths, reference
+from fastattn import Lengths, Packed, T5Bias, Window, reference
+from fastattn.masks import Mask
 from fastattn.problem import AttentionProblem, make_problem
 from fastattn.testing import compare, make_qkv
 from fastattn.testing.features import FEATURES, Case, Feature
@@ -98,6 +101,54 @@ def test_what_lies_in_the_padding_never_reaches_a_gradient(device: str) -> None:
         assert torch.equal(tensor, clean[part]), part
     assert clean["dq"][0, :80].count_nonzero() and clean["dq"][1].count_nonzero() == 0
     assert clean["dk"][0, :37].count_nonzero() and clean["dk"][0, 37:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
+@pytest.mark.parametrize(
+    ("sizes", "mask", "integers"),
+    [
+        ((0, 5, 5), Lengths, []),
+        ((2, 0, 5), None, []),
+        ((2, 5, 0), None, []),
+        ((2, 5, 5), Lengths, [0, 0]),
+        ((1, 0, 0), Packed, [0]),
+        ((1, 0, 0), Packed, [0, 0]),
+    ],
+    ids=["no batch", "no queries", "no keys", "no lengths", "no sequences", "empty sequence"],
+)
+def test_a_call_with_nothing_to_attend_to_can_be_part_of_a_loss(
+    sizes: tuple[int, int, int],
+    mask: Callable[[Tensor], Mask] | None,
+    integers: list[int],
+    impl: str,
+    device: str,
+) -> None:
+    batch, seqlen_q, seqlen_k = sizes
+    shapes = ((batch, seqlen, 2, 8) for seqlen in (seqlen_q, seqlen_k, seqlen_k))
+    q, k, v = (torch.ones(shape, device=device, requires_grad=True) for shape in shapes)
+    lengths = torch.tensor(integers, dtype=torch.int32, device=device)
+    chosen = None if mask is None else mask(lengths)
+    out = fastattn.attention(q, k, v, causal=True, mask=chosen, impl=impl)
+    out.sum().backward()
+    assert q.grad is not None
+    assert all(x.grad is None or x.grad.count_nonzero() == 0 for x in (q, k, v))
+
+
+def test_room_for_longer_sequences_than_there_are(device: str) -> None:
+    """`max_seqlen_q` and `max_seqlen_k` are bounds: what lies past each sequence is not its own."""
+    feature = row_named("everything, packed")
+    case = feature.case(torch.float32, device)
+    mask = case.kwargs["mask"]
+    (packed,) = (part for part in mask.parts if isinstance(part, Packed))
+    roomy = Packed(packed.cu_seqlens_q, packed.cu_seqlens_k, 150, 200)
+    table = torch.randn(16, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    kwargs = {"bias": T5Bias(table, max_distance=50), "sinks": case.kwargs["sinks"]}
+    tight, loose = (
+        run_backward(feature, replace(case, kwargs={**kwargs, "mask": one & Window(60, 20)}))
+        for one in (packed, roomy)
+    )
+    for part, tensor in tight.items():
+        assert torch.equal(tensor, loose[part]), part
 
 
 # What "auto" runs on a CPU.

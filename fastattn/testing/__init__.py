@@ -6,8 +6,11 @@
 | ``make_qkv``, ``make_lengths``, ... | inputs that are the same on every device |
 | ``repair``, ``is_interpreting``, ``bounds_checked`` | Triton's interpreter, made right |
 | ``WorkMeter``, ``roofline_seconds`` | exact counts of bytes and FLOPs, in the interpreter |
+| ``FEATURES``, ``Feature``, ``check_feature`` | a table of calls, a row of one's own, its verdict |
 | ``debug`` | checks and poisoned outputs that cost too much for every day |
-| ``fastattn.testing.verify`` | parity of every feature, or of a Hugging Face model, as a function |
+| ``fastattn.testing.verify`` | parity of every feature, forward and backward, as a function |
+| ``fastattn.testing.gradients`` | results and gradients of one call, by name |
+| ``fastattn.testing.verify_model`` | parity of a Hugging Face model with and without fastattn |
 | ``fastattn.testing.compile_report`` | registers, spills and shared memory, without a GPU |
 
 Importing this package imports nothing else, and never Triton: each name is loaded on first use.
@@ -20,6 +23,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastattn.testing.features import FEATURES, Feature
     from fastattn.testing.inputs import (
         make_cu_seqlens,
         make_lengths,
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     )
     from fastattn.testing.interpreter import bounds_checked, is_interpreting, repair
     from fastattn.testing.tolerance import Comparison, assert_parity, compare
+    from fastattn.testing.verify import check_feature
     from fastattn.testing.work_meter import WorkMeter, roofline_seconds
 
 __all__ = [
@@ -45,6 +50,9 @@ __all__ = [
     "repair",
     "WorkMeter",
     "roofline_seconds",
+    "FEATURES",
+    "Feature",
+    "check_feature",
     "debug",
 ]
 
@@ -53,6 +61,8 @@ _HOMES = {
     "inputs": ("make_cu_seqlens", "make_lengths", "make_packed_qkv", "make_qkv", "poison"),
     "interpreter": ("bounds_checked", "is_interpreting", "repair"),
     "work_meter": ("WorkMeter", "roofline_seconds"),
+    "features": ("FEATURES", "Feature"),
+    "verify": ("check_feature",),
 }
 
 

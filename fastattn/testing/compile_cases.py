@@ -57,8 +57,8 @@ def attention_backward_cases(target: Target) -> Iterator[CompileCase]:
     """Backward kernels: dtypes x head dimensions x features, on one target."""
     few = ("causal", "T5 bias", "everything")
     for dtype, head_dim, features in (
-        (torch.bfloat16, 64, (*_FEATURES, "dropout, causal")),
-        (torch.bfloat16, 128, (*_FEATURES, "dropout, causal")),
+        (torch.bfloat16, 64, (*_FEATURES, *_TRAINING_FEATURES)),
+        (torch.bfloat16, 128, (*_FEATURES, *_TRAINING_FEATURES)),
         (torch.bfloat16, 256, few),
         (torch.float16, 64, few[:1]),
         (torch.float16, 128, few[:1]),
@@ -83,7 +83,7 @@ def _backward_config(
 ) -> Any:
     from fastattn.kernels.attention.config import select_backward_config
 
-    count = _modifiers(modifiers, head_dim, dtype).count
+    count = _modifiers(modifiers, head_dim, dtype).backward_count
     by_distance = "relative_bias" in modifiers
     return select_backward_config(target.name, head_dim, dtype, count, by_distance)
 
@@ -144,6 +144,13 @@ _FEATURES: dict[str, dict[str, Any]] = {
 
 
 _TRAINING_FEATURES: dict[str, dict[str, Any]] = {
+    "packed, T5 bias": {
+        "relative_bias": lambda: torch.zeros(_HEADS, 257),
+        "cu_seqlens_q": _cu_seqlens,
+        "cu_seqlens_k": _cu_seqlens,
+        "max_seqlen_q": _SEQLEN,
+        "max_seqlen_k": _SEQLEN,
+    },
     "dropout, causal": {
         "window_right": 0,
         "dropout_p": 0.1,

@@ -44,7 +44,7 @@ class Case:
         kwargs = dict(self.kwargs)
         if "bias" in kwargs:
             kwargs["bias"] = _change_bias(kwargs["bias"], change)
-        if "sinks" in kwargs:
+        if kwargs.get("sinks") is not None:
             kwargs["sinks"] = change("sinks", kwargs["sinks"])
         return Case(change("q", self.q), change("k", self.k), change("v", self.v), kwargs)
 
@@ -180,9 +180,10 @@ class Feature:
     def output_gradients(self, case: Case) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of out and of lse, to start the row's backward pass from; None is no part.
 
-        Normal values of a seed of their own, out's in its dtype, lse's in float32 or better. Both
-        are strided as the row's layout says. lse's is not 0 where lse is -inf: the gradient must
-        stop there by itself.
+        Normal values of a seed of their own, out's in its dtype, lse's in float32 or better and
+        around 2: sums over all rows, such as a sink's gradient, would cancel otherwise, and a few
+        numbers that are mostly rounding error say nothing. Both are strided as the row's layout
+        says. lse's is not 0 where lse is -inf: the gradient must stop there by itself.
 
         Raises:
             ValueError: the row's `gradient` is not known.
@@ -200,7 +201,7 @@ class Feature:
             out = out[0]
         if self.gradient == "sum":
             return out.new_ones(()).expand(out.shape), None
-        lse = lse.to(torch.promote_types(case.q.dtype, torch.float32))
+        lse = (lse + 2).to(torch.promote_types(case.q.dtype, torch.float32))
         if self.layout == "gaps":
             lse = torch.stack([lse, torch.full_like(lse, float("nan"))], -1)[..., 0]
         wanted = _GRADIENTS[self.gradient]
@@ -371,9 +372,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature("bias, broadcast over keys", lambda draw: {"bias": draw.normal(2, 1, 100, 1)}),
     Feature("bias, broadcast over all but heads", lambda draw: {"bias": draw.normal(1, 2, 1, 1)}),
     Feature("bias, broadcast over all but keys", lambda draw: {"bias": draw.normal(100)}),
-    Feature("bias, grouped-query",
-            lambda draw: {"bias": draw.normal(1, 4, 129, 65)}, num_heads=4, seqlen_q=129,
-            seqlen_k=65),
+    Feature("bias, grouped-query", lambda draw: {"bias": draw.normal(1, 4, 70, 60)}, num_heads=4,
+            seqlen_q=70, seqlen_k=60),
     Feature("bias, float32 whatever q is",
             lambda draw: {"bias": draw.normal(2, 2, 100, 100).float(), "causal": True}),
     Feature("bias of -inf and lowest values", _bias_with_infinities, weights=True),
@@ -398,6 +398,9 @@ FEATURES: tuple[Feature, ...] = (
     Feature("sinks", lambda draw: {"sinks": draw.normal(2, std=2.0), "causal": True}, weights=True),
     Feature("sinks, rows without keys",
             lambda draw: {"sinks": draw.normal(2), "causal": True}, seqlen_q=150, seqlen_k=70),
+    Feature("sinks, Lengths with seqlens_q",
+            lambda draw: {"mask": Lengths(draw.ints(100, 40), seqlens_q=draw.ints(70, 0)),
+                          "sinks": draw.normal(2)}),
     Feature("sinks, float32 whatever q is, grouped-query",
             lambda draw: {"sinks": draw.normal(4).float()}, num_heads=4),
     Feature("softmax_scale", lambda draw: {"softmax_scale": 0.05}),
@@ -408,13 +411,14 @@ FEATURES: tuple[Feature, ...] = (
     # what training adds
     Feature("dropout", _dropout),
     Feature("dropout, causal, grouped-query", lambda draw: {**_dropout(draw), "causal": True},
-            num_heads=4, seqlen_q=70, seqlen_k=150),
+            num_heads=4, seqlen_q=70, seqlen_k=100),
     Feature("dropout 0.9, everything, packed",
             lambda draw: {**_everything_packed(draw), **_dropout(draw, 0.9)},
             batch=1, seqlen_q=116, seqlen_k=151, num_heads_kv=1, packed=True),
     Feature("gradient of out.sum()", _causal, gradient="sum"),
-    Feature("gradient of out.sum(), everything, packed", _everything_packed, batch=1,
-            seqlen_q=116, seqlen_k=151, num_heads_kv=1, packed=True, gradient="sum"),
+    Feature("gradient of out.sum(), everything, packed",
+            lambda draw: {**_everything_packed(draw), "sinks": None}, batch=1, seqlen_q=116,
+            seqlen_k=151, num_heads_kv=1, packed=True, gradient="sum"),
     Feature("gradient of out alone", _causal, num_heads=4, gradient="out"),
     Feature("gradient of lse alone",
             lambda draw: {"bias": draw.normal(8, 60, 60), "sinks": draw.normal(8)},

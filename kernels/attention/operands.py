@@ -71,6 +71,11 @@ class Modifiers:
         return sum(tensor is not None for tensor in tensors) + sum(flags)
 
     @property
+    def backward_count(self) -> int:
+        """The same for the backward pass, where the bounds of packed sequences count as one too."""
+        return max(self.count, self.cu_seqlens_q is not None)
+
+    @property
     def lazy_scale(self) -> bool:
         """Whether the scale may wait for the exponential: nothing is added to the scores before.
 
