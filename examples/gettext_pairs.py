@@ -205,7 +205,7 @@ def batches(
             groups.append([])
             longest = max(map(len, examples[index]))
         groups[-1].append(examples[index])
-    order = range(len(groups))
+    order = list(range(len(groups)))
     if generator is not None:
         order = torch.randperm(len(groups), generator=generator).tolist()
     yield from (groups[index] for index in order)

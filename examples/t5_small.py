@@ -8,6 +8,7 @@ position biases, (num_buckets, num_heads), that all its layers share. All attent
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,16 +86,54 @@ class FeedForward(nn.Module):
         return self.out(self.dropout(self.wide(x).relu()))
 
 
-class Layer(nn.Module):
-    """One layer of the encoder, or with `cross` of the decoder."""
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each normalized before and added to what came in."""
 
-    def __init__(self, config: Config, cross: bool) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.cross = Attention(config) if cross else None
         self.feed_forward = FeedForward(config)
-        self.norms = nn.ModuleList(nn.RMSNorm(config.d_model, eps=1e-6) for _ in range(2 + cross))
+        self.attention_norm, self.feed_forward_norm = norm(config), norm(config)
         self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Mask, bias: Bias, impl: str) -> Tensor:
+        normed = self.attention_norm(x)
+        pairs = self.attention.keys_and_values(normed)
+        x = x + self.dropout(self.attention(normed, pairs, mask, impl, bias=bias))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class DecoderLayer(EncoderLayer):
+    """The same, causal, with attention to the encoder's output in between."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.cross = Attention(config)
+        self.cross_norm = norm(config)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        mask: Mask | None,
+        bias: Bias,
+        impl: str,
+        memory: KeysValues,
+        cross_mask: Mask,
+        past: KeysValues | None = None,
+    ) -> tuple[Tensor, KeysValues]:
+        """The output, and the keys and values of `x` behind those of `past`."""
+        normed = self.attention_norm(x)
+        k, v = self.attention.keys_and_values(normed)
+        if past is not None:
+            k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
+        x = x + self.dropout(self.attention(normed, (k, v), mask, impl, causal=True, bias=bias))
+        x = x + self.dropout(self.cross(self.cross_norm(x), memory, cross_mask, impl))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), (k, v)
+
+
+def norm(config: Config) -> nn.RMSNorm:
+    """Root mean square normalization, T5's layer norm."""
+    return nn.RMSNorm(config.d_model, eps=1e-6)
 
 
 class T5Small(nn.Module):
@@ -108,9 +147,10 @@ class T5Small(nn.Module):
         self.encoder_table = nn.Parameter(torch.zeros(shape))
         self.decoder_table = nn.Parameter(torch.zeros(shape))
         layers = range(config.num_layers)
-        self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in layers)
-        self.decoder = nn.ModuleList(Layer(config, cross=True) for _ in layers)
-        self.norms = nn.ModuleList(nn.RMSNorm(config.d_model, eps=1e-6) for _ in range(2))
+        # To type checkers a ModuleList is one of modules of any kind.
+        self.encoder: Sequence[EncoderLayer] = nn.ModuleList(EncoderLayer(config) for _ in layers)  # type: ignore[assignment]
+        self.decoder: Sequence[DecoderLayer] = nn.ModuleList(DecoderLayer(config) for _ in layers)  # type: ignore[assignment]
+        self.encoder_norm, self.decoder_norm = norm(config), norm(config)
         self.dropout = nn.Dropout(config.dropout)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and not name.endswith("table"):
@@ -136,11 +176,8 @@ class T5Small(nn.Module):
         mask, bias = Lengths(lengths, seqlens_q=lengths), self.biases()[0]
         x = self.embed(source)
         for layer in self.encoder:
-            normed = layer.norms[0](x)
-            pairs = layer.attention.keys_and_values(normed)
-            x = x + layer.dropout(layer.attention(normed, pairs, mask, impl, bias=bias))
-            x = x + layer.dropout(layer.feed_forward(layer.norms[1](x)))
-        return self.dropout(self.norms[0](x))
+            x = layer(x, mask, bias, impl)
+        return self.dropout(self.encoder_norm(x))
 
     def remember(self, encoded: Tensor) -> list[KeysValues]:
         """Keys and values of the encoder's output, for each layer of the decoder."""
@@ -171,18 +208,12 @@ class T5Small(nn.Module):
         x = self.embed(inputs)
         new: list[KeysValues] = []
         for index, layer in enumerate(self.decoder):
-            normed = layer.norms[0](x)
-            k, v = layer.attention.keys_and_values(normed)
-            if past:
-                k, v = torch.cat((past[index][0], k), 1), torch.cat((past[index][1], v), 1)
-            new.append((k, v))
-            attended = layer.attention(normed, (k, v), mask, impl, causal=True, bias=bias)
-            x = x + layer.dropout(attended)
-            x = x + layer.dropout(layer.cross(layer.norms[1](x), memory[index], cross_mask, impl))
-            x = x + layer.dropout(layer.feed_forward(layer.norms[2](x)))
+            before = past[index] if past else None
+            x, own = layer(x, mask, bias, impl, memory[index], cross_mask, before)
+            new.append(own)
         if past is not None:
             past[:] = new
-        return self.dropout(self.norms[1](x))
+        return self.dropout(self.decoder_norm(x))
 
     def logits(self, decoded: Tensor) -> Tensor:
         """Scores of every token, (..., vocab_size), by the embeddings' own weights."""

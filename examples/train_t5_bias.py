@@ -180,7 +180,8 @@ def most_similar(
 
 def score(hypotheses: list[str], pairs: Sequence[Pair]) -> dict[str, Any]:
     """BLEU, chrF and how many are the catalog's translation to the letter."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     references = [[pair.german for pair in pairs]]
     bleu, chrf = BLEU(), CHRF()

@@ -122,7 +122,9 @@ def attention_weights(
         rows: query rows, a list or an integer tensor; None is all. Rows of a packed batch count
             within each sequence.
         average_heads: the mean over `heads`, accumulated without the per-head weights.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton" or "reference". Weights that are differentiated come from the latter,
+            with the whole score matrix in memory: to look at those of a model in training, call
+            this within `torch.no_grad()`.
 
     Returns:
         float32 (batch, heads, rows, seqlen_k), or (batch, rows, seqlen_k) averaged; for a packed
@@ -138,12 +140,20 @@ def attention_weights(
     )  # fmt: skip
     chosen_heads = _check_indices("heads", heads, problem.q.shape[-2], q.device)
     chosen_rows = _check_indices("rows", rows, problem.frame_seqlens[0], q.device)
+    differentiated = problem.requires_grad or (
+        lse is not None and lse.requires_grad and torch.is_grad_enabled()
+    )
     if impl == "auto":
-        kernels = "triton" in dispatch.auto_candidates(q.device)
+        kernels = "triton" in dispatch.auto_candidates(q.device) and not differentiated
         serves = kernels and not dispatch.IMPLEMENTATIONS["triton"].unsupported_reasons(problem)
         impl = "triton" if serves else "reference"
     if impl not in ("triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
+    if impl == "triton" and differentiated:
+        raise NotImplementedError(
+            "impl='triton' gives attention weights without a gradient, and a tensor requires one: "
+            'look at weights within torch.no_grad(), or pass impl="reference"'
+        )
     dispatch.select(problem, impl)
     if lse is not None:
         _check_lse(lse, problem)

@@ -336,3 +336,17 @@ def test_alibi_slopes_that_require_grad_are_refused(device: str) -> None:
     assert isinstance(out, Tensor)
     out.square().sum().backward()
     assert slopes.grad is not None and slopes.grad.count_nonzero()
+
+
+def test_weights_of_the_kernel_are_for_looking_at(device: str) -> None:
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 9, 9, 1, head_dim=16, device=device))
+    _, lse = fastattn.attention(q, k, v, return_lse=True, impl="triton")
+    with pytest.raises(NotImplementedError, match="no_grad"):
+        fastattn.attention_weights(q, k, lse, impl="triton")
+    with pytest.raises(NotImplementedError, match="no_grad"):
+        fastattn.attention_weights(q.detach(), k.detach(), lse, impl="triton")
+    with torch.no_grad():
+        looked_at = fastattn.attention_weights(q, k, lse, impl="triton")
+    assert not looked_at.requires_grad
+    weights = fastattn.attention_weights(q, k)
+    assert torch.autograd.grad(weights.square().sum(), q)[0].count_nonzero()

@@ -206,12 +206,12 @@ def launch_backward(
     q, k, v, out = _operands(head_dim, dtype, packed)
     lse_shape = (_HEADS, _SEQLEN) if packed else (2, _HEADS, _SEQLEN)
     modifiers = _modifiers(features, head_dim, dtype)
-    needed = {"dbias": modifiers.bias, "drelative": modifiers.relative_bias}
-    gradients = Gradients(
-        *(torch.empty_like(x) for x in (q, k, v)),
-        dsinks=None if modifiers.sinks is None else torch.empty_like(modifiers.sinks),
-        **{name: None if x is None else torch.empty_like(x) for name, x in needed.items()},
-    )
+
+    def like(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else torch.empty_like(tensor)
+
+    wanted = (q, k, v, modifiers.bias, modifiers.relative_bias, modifiers.sinks)
+    gradients = Gradients(*map(like, wanted))
     stats, dlse = torch.empty(2, *lse_shape), torch.empty(lse_shape)
     dout = torch.empty_like(out)
     launch_attention_backward(q, k, v, out, stats, dout, dlse, modifiers, gradients, config=config)

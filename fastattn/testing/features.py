@@ -172,7 +172,7 @@ class Feature:
             device=device,
         )
         q, k, v = q[:, : self.seqlen_q], k[:, : self.seqlen_k], v[:, : self.seqlen_k]
-        q, k, v = (_LAYOUTS[self.layout](tensor) for tensor in (q, k, v))
+        q, k, v = (LAYOUTS[self.layout](tensor) for tensor in (q, k, v))
         if self.packed:
             q, k, v = q[0], k[0], v[0]
         return Case(q, k, v, self.modifiers(Draw(dtype, device)))
@@ -196,7 +196,7 @@ class Feature:
             torch.randn(shape, generator=generator).to(case.q.device)
             for shape in (out_shape, case.lse_shape)
         )
-        out = _LAYOUTS[self.layout](out.to(case.q.dtype))
+        out = LAYOUTS[self.layout](out.to(case.q.dtype))
         if self.packed:
             out = out[0]
         if self.gradient == "sum":
@@ -216,7 +216,7 @@ def _with_gaps(tensor: Tensor) -> Tensor:
     return view.copy_(tensor)
 
 
-_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "bshd": lambda tensor: tensor,
     "bhsd": lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2),
     "gaps": _with_gaps,

@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("rich")
-typer = pytest.importorskip("typer")
+pytest.importorskip("typer")
 
 import gettext_pairs
 import t5_kernel_check
 import t5_small
 import train_t5_bias
+import typer
 from gettext_pairs import Example, Pair
 from typer.testing import CliRunner, Result
 
