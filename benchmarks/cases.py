@@ -10,13 +10,43 @@ import torch
 from torch import Tensor
 
 from fastattn import Lengths, T5Bias
+from fastattn.biases import key_minus_query, t5_bucket
 
 # Most telling first: a run that is cut short has what matters.
 SEQLENS = (4096, 16384, 1024, 8192, 2048, 512)
 SWEEP_SEQLENS = (4096, 16384, 1024)
 TOKENS = 16384
 NUM_HEADS = {64: 32, 128: 16}  # by head_dim: a model width of 2048
+DROPOUT = 0.1
 _NUM_BUCKETS = 32
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of attention must compute and move.
+
+    Attributes:
+        products: of rows x keys x head_dim.
+        per_row: tensors of q's shape that are read or written.
+        per_key: those of k's shape.
+        bias: how often a dense bias, or its gradient, is.
+    """
+
+    products: int
+    per_row: int
+    per_key: int
+    bias: int
+
+
+# Backward is counted as the field does, five products to forward's two: S, dP, dV, dQ, dK. (Kernels
+# without atomics compute S and dP twice, and are not credited for it.) Single launches, which the
+# sweep times, are given what they compute.
+PARTS = {
+    "forward": Part(2, 2, 2, 1),  # q, out; k, v
+    "training": Part(7, 6, 6, 3),  # forward, and q, out, dout, dq; k, v, dk, dv
+    "rows": Part(3, 3, 2, 1),  # S, dP, dQ: q, dout, dq; k, v
+    "keys": Part(4, 2, 4, 1),  # S, dP, dV, dK: q, dout; k, v, dk, dv
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +58,7 @@ class Case:
         causal: whether a query sees only the keys up to its own position.
         feature: what else there is, a key of FEATURES.
         dtype: of q, k, v and of biases, a name in torch.
+        part: what is timed, a key of PARTS; "training" is forward and backward.
     """
 
     batch: int
@@ -38,6 +69,12 @@ class Case:
     causal: bool = False
     feature: str = "plain"
     dtype: str = "bfloat16"
+    part: str = "forward"
+
+    @property
+    def dropout_p(self) -> float:
+        """Probability that a weight is dropped."""
+        return DROPOUT if self.feature == "dropout" else 0.0
 
     @property
     def lengths(self) -> list[int]:
@@ -53,17 +90,19 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Two products of rows x keys x head_dim a head, halved for a causal mask."""
+        """The part's products of rows x keys x head_dim a head, halved for a causal mask."""
         pairs = sum(rows * keys for rows, keys in zip(self.rows, self.lengths, strict=True))
-        return 4.0 * self.num_heads * self.head_dim * pairs * (0.5 if self.causal else 1.0)
+        pairs *= 2 * PARTS[self.part].products
+        return self.num_heads * self.head_dim * pairs * (0.5 if self.causal else 1.0)
 
     @property
     def bytes(self) -> float:
-        """The fewest bytes: q and out once a query row, k and v once a key, a dense bias once."""
-        elements = 2 * self.num_heads * self.head_dim * sum(self.rows)
-        elements += 2 * self.num_heads_kv * self.head_dim * sum(self.lengths)
+        """The fewest bytes: each tensor of the part once a query row, once a key, or once."""
+        part = PARTS[self.part]
+        elements = part.per_row * self.num_heads * self.head_dim * sum(self.rows)
+        elements += part.per_key * self.num_heads_kv * self.head_dim * sum(self.lengths)
         if self.feature == "dense bias":
-            elements += self.num_heads * self.seqlen**2
+            elements += part.bias * self.num_heads * self.seqlen**2
         return float(elements * getattr(torch, self.dtype).itemsize)
 
     def __str__(self) -> str:
@@ -88,6 +127,9 @@ class Inputs:
         kwargs: of `fastattn.attention`, besides q, k and v.
         dense_mask: bool (batch, 1, 1, seqlen), True = attend, or None.
         dense_bias: (1, num_heads, seqlen, seqlen), or None.
+        buckets: int64 (seqlen, seqlen), the row of T5's table that each score gets, or None.
+        leaves: what is differentiated, by name: "q", "k", "v" and "bias" or "table"; {} forward.
+        dout: gradient of the output, 0 in its padding; None forward.
     """
 
     case: Case
@@ -97,6 +139,19 @@ class Inputs:
     kwargs: dict[str, Any] = field(default_factory=dict)
     dense_mask: Tensor | None = None
     dense_bias: Tensor | None = None
+    buckets: Tensor | None = None
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    dout: Tensor | None = None
+
+    def attn_mask(self) -> Tensor | None:
+        """What SDPA takes for masks and biases: one that is trained by its table is made from it.
+
+        As models do: an embedding of the buckets, whose gradient torch adds up.
+        """
+        if "table" in self.leaves and self.buckets is not None:
+            bias = torch.nn.functional.embedding(self.buckets, self.leaves["table"])
+            return bias.permute(2, 0, 1)[None].contiguous()
+        return self.dense_mask if self.dense_bias is None else self.dense_bias
 
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
@@ -111,8 +166,24 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     q = draw(*shape, case.num_heads, case.head_dim)
     k = draw(*shape, case.num_heads_kv, case.head_dim)
     v = draw(*shape, case.num_heads_kv, case.head_dim)
-    inputs = Inputs(case, q, k, v, {"causal": case.causal})
-    return FEATURES[case.feature](inputs, draw)
+    inputs = FEATURES[case.feature](Inputs(case, q, k, v, {"causal": case.causal}), draw)
+    return inputs if case.part == "forward" else _differentiated(inputs, draw)
+
+
+def _differentiated(inputs: Inputs, draw: Callable[..., Tensor]) -> Inputs:
+    """With a gradient to start from, and leaves for autograd where it is what is timed."""
+    case = inputs.case
+    leaves = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
+    bias = inputs.kwargs.get("bias")
+    if bias is not None:
+        leaves |= {"table": bias.table} if isinstance(bias, T5Bias) else {"bias": bias}
+    if case.part == "training":
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+    dout = draw(*inputs.q.shape)
+    for index, rows in enumerate(case.rows):
+        dout[index, rows:] = 0
+    return replace(inputs, leaves=leaves, dout=dout)
 
 
 def _plain(inputs: Inputs, draw: Callable[..., Tensor]) -> Inputs:
@@ -122,8 +193,13 @@ def _plain(inputs: Inputs, draw: Callable[..., Tensor]) -> Inputs:
 def _t5_bias(inputs: Inputs, draw: Callable[..., Tensor]) -> Inputs:
     case = inputs.case
     bias = T5Bias(draw(_NUM_BUCKETS, case.num_heads))
-    kwargs = {**inputs.kwargs, "bias": bias}
-    return replace(inputs, kwargs=kwargs, dense_bias=bias.dense(case.seqlen, case.seqlen))
+    distance = key_minus_query(case.seqlen, case.seqlen, inputs.q.device)
+    return replace(
+        inputs,
+        kwargs={**inputs.kwargs, "bias": bias},
+        dense_bias=bias.dense(case.seqlen, case.seqlen),
+        buckets=t5_bucket(distance, True, _NUM_BUCKETS, bias.max_distance),
+    )
 
 
 def _dense_bias(inputs: Inputs, draw: Callable[..., Tensor]) -> Inputs:
@@ -144,22 +220,34 @@ def _padded(inputs: Inputs, draw: Callable[..., Tensor]) -> Inputs:
     )
 
 
+def _dropout(inputs: Inputs, draw: Callable[..., Tensor]) -> Inputs:
+    if inputs.case.part == "forward":
+        raise ValueError('feature "dropout" belongs to training, got part "forward"')
+    seed = torch.tensor([2**40 + 7], dtype=torch.int64, device=inputs.q.device)
+    kwargs = {**inputs.kwargs, "dropout_p": inputs.case.dropout_p, "dropout_seed": seed}
+    return replace(inputs, kwargs=kwargs)
+
+
 FEATURES: dict[str, Callable[[Inputs, Callable[..., Tensor]], Inputs]] = {
     "plain": _plain,
     "T5 bias": _t5_bias,
     "dense bias": _dense_bias,
     "padded keys": _padded,
     "padded": _padded,
+    "dropout": _dropout,
 }
 
 
-def matrix(seqlens: tuple[int, ...], tokens: int = TOKENS) -> Iterator[Case]:
+def matrix(
+    seqlens: tuple[int, ...], part: str = "forward", tokens: int = TOKENS
+) -> Iterator[Case]:
     """Each seqlen x head_dim x causal or not, with `tokens` in all and a width of 2048."""
     for seqlen in seqlens:
         for head_dim in (128, 64):
             heads = NUM_HEADS[head_dim]
             for causal in (False, True):
-                yield Case(max(1, tokens // seqlen), seqlen, heads, heads, head_dim, causal)
+                batch = max(1, tokens // seqlen)
+                yield Case(batch, seqlen, heads, heads, head_dim, causal, part=part)
 
 
 def forward_cases(quick: bool = False) -> list[Case]:
@@ -168,8 +256,14 @@ def forward_cases(quick: bool = False) -> list[Case]:
 
 
 def sweep_cases(quick: bool = False) -> list[Case]:
-    """The shapes on which tile configs are compared."""
-    return list(matrix(SWEEP_SEQLENS[:1] if quick else SWEEP_SEQLENS))
+    """The shapes on which tile configs are compared: a length's launches, then the next length."""
+    seqlens = SWEEP_SEQLENS[:1] if quick else SWEEP_SEQLENS
+    return [
+        case
+        for seqlen in seqlens
+        for part in ("forward", "rows", "keys")
+        for case in matrix((seqlen,), part)
+    ]
 
 
 def feature_cases(quick: bool = False) -> list[Case]:
@@ -183,3 +277,17 @@ def feature_cases(quick: bool = False) -> list[Case]:
         Case(1, 512, 16, 16, 64, causal=True),
     ]
     return cases[:3] if quick else cases
+
+
+def backward_cases(quick: bool = False) -> list[Case]:
+    """Forward and backward: what the targets are about first, then the rest of the matrix."""
+    shapes = list(matrix(SEQLENS[:3] if quick else SEQLENS, "training"))
+    features = [
+        Case(8, 2048, 16, 16, 64, feature="T5 bias", part="training"),
+        Case(8, 2048, 16, 16, 64, feature="dense bias", part="training"),
+        Case(8, 2048, 16, 16, 64, feature="padded", part="training"),
+        Case(8, 2048, 16, 16, 64, feature="dropout", part="training"),
+        Case(4, 4096, 32, 8, 128, causal=True, part="training"),
+    ]
+    # The first four shapes are those of 4096: head_dim 128, causal and not, then head_dim 64.
+    return [*shapes[:2], *features[:2], *shapes[2:4], *features[2:], *shapes[4:]]

@@ -20,7 +20,7 @@ HEAD_COLORS = (
     "#0b7285",
     "#495057",
 )
-SHOWN_DISTANCE = 32  # few messages are longer
+SHOWN_DISTANCE = 20  # most messages are no longer
 
 
 def print_results(results: dict[str, Any], console: Console) -> None:

@@ -29,13 +29,13 @@ class Config:
     """Sizes of the model; positions are T5's own: 32 buckets up to a distance of 128."""
 
     vocab_size: int
-    d_model: int = 192
-    d_ff: int = 768
-    num_heads: int = 6
-    num_layers: int = 3
+    d_model: int = 128
+    d_ff: int = 512
+    num_heads: int = 4
+    num_layers: int = 2
     num_buckets: int = 32
     max_distance: int = 128
-    dropout: float = 0.2
+    dropout: float = 0.0
 
 
 class Attention(nn.Module):
@@ -265,3 +265,14 @@ def loss(model: T5Small, batch: Batch, impl: str = "auto", label_smoothing: floa
     """Mean cross entropy of a target token, in nats."""
     targets = batch.target[real_tokens(batch)]
     return F.cross_entropy(model(batch, impl), targets, label_smoothing=label_smoothing)
+
+
+def make_optimizer(model: T5Small, rate: float, table_rate: float) -> torch.optim.Adam:
+    """Adam, with a learning rate of their own for the relative position tables.
+
+    They start at 0 and have to grow to the size of scores, further than any other weight.
+    """
+    tables = [model.encoder_table, model.decoder_table]
+    others = [p for p in model.parameters() if all(p is not table for table in tables)]
+    groups = [{"params": others, "lr": rate}, {"params": tables, "lr": table_rate}]
+    return torch.optim.Adam(groups, betas=(0.9, 0.98))

@@ -35,7 +35,7 @@ from gettext_pairs import DataError, Example, Pair, batches, collate
 from rich.console import Console
 from t5_kernel_check import check_kernels, progress_bar
 from t5_report import draw, print_results
-from t5_small import Config, T5Small, loss
+from t5_small import Config, T5Small, loss, make_optimizer
 from torch import Tensor
 
 import fastattn
@@ -52,9 +52,10 @@ class Settings:
 
     steps: int
     seed: int = 0
-    vocab_size: int = 4000
-    batch_tokens: int = 1000  # padded, on the longer side
-    learning_rate: float = 4e-3
+    vocab_size: int = 2000
+    batch_tokens: int = 500  # padded, on the longer side
+    learning_rate: float = 2e-3
+    table_learning_rate: float = 2e-2
     warmup_share: float = 0.1
     label_smoothing: float = 0.1
     clip_norm: float = 1.0
@@ -72,11 +73,9 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains the model; a record for each evaluation, the first before the first step.
 
-    AdamW with a learning rate that rises linearly and then falls by a cosine to 0.
+    Adam with learning rates that rise linearly and then fall by a cosine to 0.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizer = make_optimizer(model, settings.learning_rate, settings.table_learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     device = str(model.embedding.weight.device)
     stream = _endless(train_examples, settings)

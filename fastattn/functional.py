@@ -140,6 +140,8 @@ def attention_weights(
     )  # fmt: skip
     chosen_heads = _check_indices("heads", heads, problem.q.shape[-2], q.device)
     chosen_rows = _check_indices("rows", rows, problem.frame_seqlens[0], q.device)
+    if lse is not None:
+        _check_lse(lse, problem)
     differentiated = problem.requires_grad or (
         lse is not None and lse.requires_grad and torch.is_grad_enabled()
     )
@@ -155,8 +157,6 @@ def attention_weights(
             'look at weights within torch.no_grad(), or pass impl="reference"'
         )
     dispatch.select(problem, impl)
-    if lse is not None:
-        _check_lse(lse, problem)
     if impl == "reference":
         return reference.attention_weights(problem, lse, chosen_heads, chosen_rows, average_heads)
     from fastattn import torch_ops

@@ -116,7 +116,6 @@ def _attention_backward_keys_kernel(
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
     first, end = visible_rows(col, seq, masks)
-    end = tl.where(col < seq.end_key, end, 0)
     begin, full_begin, full_end, last = row_ranges(start_n, seq, masks, BLOCK_M, BLOCK_N)
     CUT_ABOVE: tl.constexpr = (masks.window_right is not None) or (masks.prefix is not None)
     CUT_BELOW: tl.constexpr = (masks.window_left is not None) or (masks.starts_k is not None)

@@ -119,6 +119,32 @@ FORWARD_CANDIDATES = tuple(
     )
     for num_stages in (2, 3, 4)
 )
+BACKWARD_ROWS_CANDIDATES = tuple(
+    TileConfig(*tile)
+    for tile in (
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (64, 64, 4, 2),
+        (64, 64, 8, 2),
+        (128, 32, 8, 2),
+        (128, 32, 8, 3),
+        (64, 32, 4, 2),
+        (128, 128, 8, 2),
+    )
+)
+BACKWARD_KEYS_CANDIDATES = tuple(
+    TileConfig(*tile)
+    for tile in (
+        (64, 128, 8, 2),
+        (32, 128, 8, 2),
+        (32, 128, 8, 3),
+        (64, 64, 4, 2),
+        (64, 64, 8, 2),
+        (64, 64, 8, 3),
+        (32, 64, 4, 2),
+        (32, 64, 8, 2),
+    )
+)
 
 
 def padded_dim(head_dim: int) -> int:
@@ -286,6 +312,7 @@ HALF_BACKWARD_CONFIGS: dict[str, dict[int, BackwardTiles]] = {
             ((32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
             (32, 32, 8, 1),
             (16, 32, 4, 1),
+            255,
         ),
         256: _backward_tiles(
             ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),

@@ -418,7 +418,8 @@ def scale_scores(products, scores, LAZY_SCALE, PRECISE):
 def add_terms(s, terms, seq, head, start_m, start_n, row, col, BLOCK_M, BLOCK_N):
     """Adds the biases to scaled scores and applies the dense mask: -inf where nothing attends."""
     if terms.bias.ptr is not None:
-        bias = load_plane(terms.bias, seq.index, head, row, col, seq.rows, seq.end_key, 0.0)
+        # Not of dead rows: what is not finite there would reach the weights of live keys.
+        bias = load_plane(terms.bias, seq.index, head, row, col, seq.live_rows, seq.end_key, 0.0)
         s += bias.to(tl.float32)
     if terms.alibi.ptr is not None:
         slope = tl.load(
