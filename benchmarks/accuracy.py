@@ -8,12 +8,15 @@ output must be finite.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Inputs
 from fastattn import reference
+from fastattn.dropout import Dropout
+from fastattn.problem import make_problem
 from fastattn.testing.tolerance import Comparison, compare
 
 
@@ -81,22 +84,43 @@ class Oracle:
 
 def _attend(inputs: Inputs, batch: int, rows: Tensor, head: int, dtype: torch.dtype) -> Tensor:
     """Rows of one head by the reference, (rows, head_dim)."""
-    case = inputs.case
-    head_kv = head * case.num_heads_kv // case.num_heads
+    head_kv = head * inputs.case.num_heads_kv // inputs.case.num_heads
+    bias = inputs.dense_bias
+    out = attend(
+        inputs.case,
+        batch,
+        rows,
+        inputs.q[batch, rows, head][None, :, None].to(dtype),
+        inputs.k[batch, :, head_kv][None, :, None].to(dtype),
+        inputs.v[batch, :, head_kv][None, :, None].to(dtype),
+        None if bias is None else bias[0, head, rows].to(dtype),
+    )
+    return out[0, :, 0]
+
+
+def attend(
+    case: Case,
+    batch: int,
+    rows: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """The reference on a part of a case: these rows of sequence `batch`, some heads, all keys.
+
+    Args:
+        rows: where the rows of q stand in the sequence.
+        q, k, v: (1, rows or keys, heads, head_dim).
+        bias: broadcasts to (1, heads, rows, keys).
+    """
     keys = torch.arange(case.seqlen, device=rows.device)
     visible = keys[None, :] < case.lengths[batch]
     if case.causal:
         visible = visible & (keys[None, :] <= rows[:, None])
-    bias = inputs.dense_bias
-    out = reference.attention(
-        inputs.q[batch, rows, head][None, :, None].to(dtype),
-        inputs.k[batch, :, head_kv][None, :, None].to(dtype),
-        inputs.v[batch, :, head_kv][None, :, None].to(dtype),
-        mask=visible,
-        bias=None if bias is None else bias[0, head, rows].to(dtype),
-    )
-    assert isinstance(out, Tensor)  # it was not asked for the log-sum-exp
-    return out[0, :, 0]
+    problem = make_problem(q, k, v, mask=visible, bias=bias)
+    return reference.run(replace(problem, dropout=dropout))[0]
 
 
 def describe(comparison: Comparison) -> Iterator[tuple[str, float]]:

@@ -193,12 +193,15 @@ def _plain(inputs: Inputs, draw: Callable[..., Tensor]) -> Inputs:
 def _t5_bias(inputs: Inputs, draw: Callable[..., Tensor]) -> Inputs:
     case = inputs.case
     bias = T5Bias(draw(_NUM_BUCKETS, case.num_heads))
-    distance = key_minus_query(case.seqlen, case.seqlen, inputs.q.device)
+    # From buckets of the CPU, like the kernel's: a logarithm may round otherwise on a GPU.
+    most = bias.max_distance
+    by_distance = t5_bucket(torch.arange(-most, most + 1), True, _NUM_BUCKETS, most)
+    distance = key_minus_query(case.seqlen, case.seqlen, inputs.q.device).clamp(-most, most)
     return replace(
         inputs,
         kwargs={**inputs.kwargs, "bias": bias},
         dense_bias=bias.dense(case.seqlen, case.seqlen),
-        buckets=t5_bucket(distance, True, _NUM_BUCKETS, bias.max_distance),
+        buckets=by_distance.to(distance.device)[distance + most],
     )
 
 

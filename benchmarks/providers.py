@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from fastattn import attention
 from fastattn.version import __version__
 
 # Scores that SDPA's MATH backend may hold in memory: 2**31 of them are 4 GiB in bf16, and it keeps
-# a few such tensors at a time, some in float32.
-MATH_SCORES = 2**31
+# a few such tensors at a time, some in float32; more where they are saved for the backward pass.
+MATH_SCORES = {"forward": 2**31, "training": 2**29}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Provider:
         version: of the library.
         absent: why it cannot run here at all; "" if it can.
         skip: why it does not run a case; "" if it does.
+        trains: whether it has a backward pass.
     """
 
     name: str
@@ -43,6 +44,15 @@ class Provider:
     version: str = ""
     absent: str = ""
     skip: Callable[[Case], str] = lambda case: ""
+    trains: bool = True
+
+    def reason_to_skip(self, case: Case) -> str:
+        """Why it has no time for a case; "" if it is to have one."""
+        if self.absent:
+            return self.absent
+        if case.part == "training" and not self.trains:
+            return "it has no backward pass"
+        return self.skip(case)
 
     @property
     def is_ours(self) -> bool:
@@ -58,7 +68,7 @@ def find_providers() -> list[Provider]:
         *(sdpa_provider(backend) for backend in backends),
         _flash_attn("flash-attn 2", "flash_attn"),
         _flash_attn("flash-attn 3", "flash_attn_interface"),
-        _flash_attn("fa3-fwd", "fa3_fwd_interface"),
+        replace(_flash_attn("fa3-fwd", "fa3_fwd_interface"), trains=False),
         _flashinfer(),
     ]
 
@@ -75,32 +85,33 @@ def fastattn_provider() -> Provider:
 def sdpa_provider(backend: str) -> Provider:
     """torch's scaled_dot_product_attention with one backend forced, by its name in SDPBackend.
 
-    It takes the same memory as fastattn, by strides; masks and biases as dense tensors, which it
-    does not have to make: they are there before the clock starts.
+    It takes the same memory as fastattn, by strides; masks and biases as dense tensors, which are
+    there before the clock starts. Only a bias whose table is trained it has to make in each call.
     """
 
     def prepare(inputs: Inputs) -> Callable[[], Tensor]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         chosen = getattr(SDPBackend, backend)
-        q, k, v = (tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))
-        mask = inputs.dense_mask if inputs.dense_bias is None else inputs.dense_bias
         case = inputs.case
 
         def run() -> Tensor:
+            # In the call, since autograd's graph must be of one call alone.
+            q, k, v = (tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v))
             with sdpa_kernel(chosen):
                 out = scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, is_causal=case.causal,
-                    enable_gqa=case.num_heads != case.num_heads_kv,
+                    q, k, v, attn_mask=inputs.attn_mask(), is_causal=case.causal,
+                    dropout_p=case.dropout_p, enable_gqa=case.num_heads != case.num_heads_kv,
                 )  # fmt: skip
             return out.transpose(1, 2)
 
         return explained(run)
 
     def skip(case: Case) -> str:
-        if backend == "MATH" and case.batch * case.num_heads * case.seqlen**2 > MATH_SCORES:
+        scores = case.batch * case.num_heads * case.seqlen**2
+        if backend == "MATH" and scores > MATH_SCORES[case.part]:
             return "its score matrix is too large to be worth the time"
-        if backend == "FLASH_ATTENTION" and case.feature != "plain":
+        if backend == "FLASH_ATTENTION" and case.feature not in ("plain", "dropout"):
             return "it takes no mask and no bias"
         return ""
 
