@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from fastattn.kernels.attention.config import (
+    FLOAT32_BACKWARD_CONFIGS,
     FLOAT32_CONFIGS,
     FORWARD_CANDIDATES,
+    HALF_BACKWARD_CONFIGS,
     HALF_CONFIGS,
+    select_backward_config,
     select_forward_config,
     tiles,
 )
@@ -26,6 +29,35 @@ def test_hopper_kernels_use_wgmma_and_do_not_spill() -> None:
         assert row.spilled_bytes == 0, row
         assert row.shared_bytes <= TARGETS["sm_90"].shared_limit, row
         assert any("GMMA" in name for name, _ in row.tensor_cores), row
+
+
+def test_hopper_backward_kernels_use_wgmma_and_do_not_spill() -> None:
+    cases = ["bfloat16 D64 T5 bias", "bfloat16 D128 causal"]
+    rows = compile_report(["sm_90"], kernel=["attention_backward"], case=cases)
+    rows = [row for row in rows if row.case in cases]
+    walks = [row for row in rows if row.dots]
+    assert {(row.case, row.function) for row in walks} == {
+        (case, f"_attention_backward_{walk}_kernel") for case in cases for walk in ("rows", "keys")
+    }
+    for row in rows:
+        assert row.ok, row.problems
+        assert row.spilled_bytes == row.stack_bytes == 0, row
+    for row in walks:
+        assert any("GMMA" in name for name, _ in row.tensor_cores), row
+
+
+def test_every_chip_has_backward_tiles_for_every_head_dim() -> None:
+    assert HALF_BACKWARD_CONFIGS.keys() == FLOAT32_BACKWARD_CONFIGS.keys() == set(TARGETS)
+    for chip in TARGETS:
+        for head_dim in (16, 40, 64, 65, 128, 160, 256):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                for count in (0, 1, 2):
+                    config = select_backward_config(chip, head_dim, dtype, count, count > 0)
+                    # A gradient by distance needs tiles that are not higher than wide.
+                    assert count == 0 or config.rows.block_m <= config.rows.block_n
+                    # Products take 16 rows, columns and summands or more.
+                    tiles = (config.rows, config.keys, config.bias)
+                    assert min(min(tile.block_m, tile.block_n) for tile in tiles) >= 16
 
 
 def test_every_chip_has_tiles_for_every_head_dim() -> None:

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastattn
 from fastattn import Lengths, Packed, T5Bias, Window, reference
+from fastattn.kernels.attention.backward_rows import sum_diagonals
 from fastattn.masks import Mask
 from fastattn.problem import AttentionProblem, make_problem
 from fastattn.testing import compare, make_qkv
@@ -149,6 +152,33 @@ def test_room_for_longer_sequences_than_there_are(device: str) -> None:
     )
     for part, tensor in tight.items():
         assert torch.equal(tensor, loose[part]), part
+
+
+@triton.jit
+def diagonals(
+    tile, upper, lower, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr
+):
+    row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    values = tl.load(tile + row[:, None] * BLOCK_N + col[None, :])
+    above, below = sum_diagonals(values, BLOCK_M, BLOCK_N, GATHER)
+    tl.store(upper + col, above)
+    tl.store(lower + col, below)
+
+
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("shape", [(32, 32), (16, 64)], ids=str)
+def test_sums_over_diagonals(shape: tuple[int, int], gather: bool, device: str) -> None:
+    """The two ways to take them; AMD's backend compiles but the second."""
+    # Whole numbers, whose sums are exact in any order.
+    tile = torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(0)).float()
+    tile = tile.to(device)
+    upper, lower = (torch.full((shape[1],), math.nan, device=device) for _ in range(2))
+    diagonals[(1,)](tile, upper, lower, *shape, gather)
+    wanted = [
+        tile.diagonal(c).sum() if c > -shape[0] else tile.new_zeros(())
+        for c in range(-shape[1], shape[1])
+    ]
+    assert torch.equal(torch.cat([lower, upper]), torch.stack(wanted))
 
 
 # What "auto" runs on a CPU.

@@ -216,7 +216,7 @@ def _launch_delta(
             BLOCK_M=DELTA_BLOCK,
             BLOCK_DV=padded_dim(out.shape[-1]),
             WIDE=needs_wide_offsets(out, dout, rows_per_tile=DELTA_BLOCK),
-            num_warps=8 if out.shape[-1] > 128 else 4,
+            num_warps=8,
         )
     if dsinks is not None:
         dsinks.copy_(sink_sums.sum((0, 2)))

@@ -9,6 +9,7 @@ writes: no atomics, so two runs give the same bits.
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 from fastattn.kernels.attention.config import TileConfig, padded_dim
 from fastattn.kernels.attention.operands import (
@@ -46,16 +47,28 @@ from fastattn.kernels.attention.tile import (
 
 
 @triton.jit
-def sum_diagonals(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def sum_diagonals(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATHER: tl.constexpr):
     """Sums of a (BLOCK_M, BLOCK_N) tile over its diagonals column - row = c.
 
-    Returns (BLOCK_N,) sums of the diagonals c and of c - BLOCK_N, for c in 0..BLOCK_N - 1. Each row
-    is rotated by its number, which lines the diagonals up in columns. Needs BLOCK_M <= BLOCK_N.
+    Returns (BLOCK_N,) sums of the diagonals c and of c - BLOCK_N, for c in 0..BLOCK_N - 1. With
+    GATHER each row is rotated by its number, which lines the diagonals up in columns; without, they
+    are taken one at a time. Needs BLOCK_M <= BLOCK_N.
     """
-    source = tl.arange(0, BLOCK_M)[:, None] + tl.arange(0, BLOCK_N)[None, :]
-    rotated = tl.gather(tile, source % BLOCK_N, 1)
-    upper = tl.sum(tl.where(source < BLOCK_N, rotated, 0.0), 0)
-    lower = tl.sum(tl.where(source < BLOCK_N, 0.0, rotated), 0)
+    row = tl.arange(0, BLOCK_M)[:, None]
+    col = tl.arange(0, BLOCK_N)
+    if GATHER:
+        source = row + col[None, :]
+        rotated = tl.gather(tile, source % BLOCK_N, 1)
+        upper = tl.sum(tl.where(source < BLOCK_N, rotated, 0.0), 0)
+        lower = tl.sum(tl.where(source < BLOCK_N, 0.0, rotated), 0)
+    else:
+        upper = tl.zeros([BLOCK_N], tl.float32)
+        lower = tl.zeros([BLOCK_N], tl.float32)
+        for c in range(BLOCK_N):
+            above = tl.sum(tl.where(col[None, :] - row == c, tile, 0.0))
+            below = tl.sum(tl.where(col[None, :] - row == c - BLOCK_N, tile, 0.0))
+            upper = tl.where(col == c, above, upper)
+            lower = tl.where(col == c, below, lower)
     return upper, lower
 
 
@@ -129,6 +142,8 @@ def _attention_backward_rows_kernel(
     SUBTRACT_FIRST: tl.constexpr = PRECISE or (bias.ptr is not None)
     exponent_scale = scores.scale * LOG2E if LAZY_SCALE else LOG2E
 
+    # Triton 3.6 does not compile a gather for AMD.
+    GATHER: tl.constexpr = not is_hip()
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     # Of biases by distance: sums past the radius on both sides, and of the diagonals that the next
@@ -217,7 +232,7 @@ def _attention_backward_rows_kernel(
                     away = col[None, :] - row[:, None] - seq.offset
                     before += tl.sum(tl.where(away <= -radius, ds, 0.0), 1)
                     after += tl.sum(tl.where(away >= radius, ds, 0.0), 1)
-                    next_upper, lower = sum_diagonals(ds, BLOCK_M, BLOCK_N)
+                    next_upper, lower = sum_diagonals(ds, BLOCK_M, BLOCK_N, GATHER)
                 else:
                     # One bucket for the whole tile: one sum.
                     far = tl.sum(ds, 1)
