@@ -241,9 +241,7 @@ FEATURES: dict[str, Callable[[Inputs, Callable[..., Tensor]], Inputs]] = {
 }
 
 
-def matrix(
-    seqlens: tuple[int, ...], part: str = "forward", tokens: int = TOKENS
-) -> Iterator[Case]:
+def matrix(seqlens: tuple[int, ...], part: str = "forward", tokens: int = TOKENS) -> Iterator[Case]:
     """Each seqlen x head_dim x causal or not, with `tokens` in all and a width of 2048."""
     for seqlen in seqlens:
         for head_dim in (128, 64):

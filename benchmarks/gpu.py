@@ -2,9 +2,10 @@
 
     PYTHONPATH=. python -m benchmarks.gpu [--quick] [--stage NAME ...] [--budget-seconds S]
 
-Stages, in order: parity (every feature and every tile that can be chosen here), ceilings (copy and
-matmul), forward (against torch SDPA and installed peers), overhead (host time of a call), features,
-sweep (tile configs). Rows are on disk as soon as they exist; an interrupted run keeps them.
+Stages, in order: parity (every feature and every tile that can be chosen here, with gradients),
+ceilings (copy and matmul), forward (against torch SDPA and installed peers), backward (training:
+forward and backward, and which targets were met), overhead (host time of a call), features, sweep
+(tile configs). Rows are on disk as soon as they exist; an interrupted run keeps them.
 
 Exit status: 0 everything is right; 1 something is wrong, or parity was not completed; 2 the run
 cannot start here; 130 it was interrupted. Speed does not change it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import Oracle, describe
 from benchmarks.cases import Case, Inputs
+from benchmarks.gradients import GradientOracle
 from benchmarks.parity import describe_error
 from benchmarks.pool import device_works
 from benchmarks.providers import Provider
@@ -57,12 +60,63 @@ def speed_fields(case: Case, ms: float, ceilings: dict[str, float]) -> Row:
     return row
 
 
+class Checker:
+    """What is right for a case, computed once for all providers.
+
+    Args:
+        inputs: of the case.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._oracle = _make_oracle(inputs)
+
+    @functools.cached_property
+    def _without_dropout(self) -> tuple[Inputs, Oracle | GradientOracle]:
+        kwargs = {"causal": self._inputs.case.causal}
+        case = replace(self._inputs.case, feature="plain")
+        inputs = replace(self._inputs, case=case, kwargs=kwargs)
+        return inputs, _make_oracle(inputs)
+
+    def check(self, provider: Provider, run: Callable[[], Any]) -> Row:
+        """Checks what a provider's function gives; returns what a row keeps of it.
+
+        Which weights a peer drops is not known, so it is checked without dropout.
+
+        Raises:
+            WrongResult: the result is wrong.
+        """
+        if not self._inputs.case.dropout_p or provider.is_ours:
+            return dict(describe(self._oracle.check(run())))
+        inputs, oracle = self._without_dropout
+        run = with_gradients(provider.prepare(inputs), inputs)
+        return {**dict(describe(oracle.check(run()))), "checked": "without dropout"}
+
+
+def _make_oracle(inputs: Inputs) -> Oracle | GradientOracle:
+    return Oracle(inputs) if inputs.case.part == "forward" else GradientOracle(inputs)
+
+
+def with_gradients(run: Callable[[], Any], inputs: Inputs) -> Callable[[], Any]:
+    """What is timed: `run` itself or, in training, its output and the gradients of the leaves."""
+    if inputs.case.part != "training":
+        return run
+    names = ["out", *(f"d{name}" for name in inputs.leaves)]
+    leaves = list(inputs.leaves.values())
+
+    def run_and_differentiate() -> dict[str, Tensor]:
+        out = run()
+        gradients = torch.autograd.grad(out, leaves, inputs.dout)
+        return dict(zip(names, (out.detach(), *gradients), strict=True))
+
+    return run_and_differentiate
+
+
 def measure(
     head: Row,
-    case: Case,
     provider: Provider,
     inputs: list[Inputs],
-    oracle: Oracle,
+    checker: Checker,
     timer: Timer,
     ceilings: dict[str, float],
 ) -> Row:
@@ -71,12 +125,11 @@ def measure(
     Raises:
         DeviceLost: the provider took the CUDA context down.
     """
+    case = inputs[0].case
     row = {**head, **who_and_what(provider, case)}
-    if reason := provider.absent or provider.skip(case):
+    if reason := provider.reason_to_skip(case):
         return {**row, "skipped": reason}
-    return guarded(
-        row, lambda: _check_and_time(case, provider.prepare, inputs, oracle, timer, ceilings)
-    )
+    return guarded(row, lambda: _check_and_time(provider, inputs, checker, timer, ceilings))
 
 
 def who_and_what(provider: Provider, case: Case) -> Row:
@@ -86,17 +139,32 @@ def who_and_what(provider: Provider, case: Case) -> Row:
 
 
 def _check_and_time(
-    case: Case,
-    prepare: Callable[[Inputs], Callable[[], Tensor]],
+    provider: Provider,
     inputs: list[Inputs],
-    oracle: Oracle,
+    checker: Checker,
     timer: Timer,
     ceilings: dict[str, float],
 ) -> Row:
-    runs = [prepare(own) for own in inputs]
-    parity = dict(describe(oracle.check(runs[0]())))
+    case = inputs[0].case
+    forward = [provider.prepare(own) for own in inputs]
+    runs = [with_gradients(run, own) for run, own in zip(forward, inputs, strict=True)]
+    row = checker.check(provider, runs[0])
     timing = timer(runs)
-    return {**parity, **timing_fields(timing), **speed_fields(case, timing.median_ms, ceilings)}
+    row |= {**timing_fields(timing), **speed_fields(case, timing.median_ms, ceilings)}
+    if case.part == "training":
+        row |= _backward_fields(case, timing, timer(forward))
+    return row
+
+
+def _backward_fields(case: Case, both: Timing, forward: Timing) -> Row:
+    """Backward alone: what forward, which saves for it, leaves of the whole."""
+    ms = both.median_ms - forward.median_ms
+    row: Row = {"forward_ms": forward.median_ms, "backward_ms": ms}
+    row["forward_method"] = forward.method
+    if ms > 0:
+        flops = case.flops - replace(case, part="forward").flops
+        row["backward_tflops"] = flops / ms / 1e9
+    return row
 
 
 def guarded(row: Row, work: Callable[[], Row]) -> Row:

@@ -7,17 +7,24 @@ from dataclasses import dataclass
 
 from benchmarks import cases
 from benchmarks.cases import Case
-from benchmarks.parity import ConfigCheck, FeatureCheck, dispatch_checks, feature_checks
+from benchmarks.parity import (
+    FeatureCheck,
+    TileCheck,
+    dispatch_checks,
+    feature_checks,
+    gradient_checks,
+)
 
 # Seconds by stage, in order; what one leaves over goes to those after it. Together they are what a
 # whole run may take; it is cut short, and says so, on a machine too slow for that.
 BUDGETS = {
-    "parity": 170.0,
-    "ceilings": 15.0,
-    "forward": 130.0,
-    "overhead": 10.0,
-    "features": 45.0,
-    "sweep": 130.0,
+    "parity": 205.0,
+    "ceilings": 10.0,
+    "forward": 75.0,
+    "backward": 90.0,
+    "overhead": 8.0,
+    "features": 27.0,
+    "sweep": 105.0,
 }
 TOTAL_SECONDS = sum(BUDGETS.values())
 OVERHEAD_CASE = Case(1, 128, 4, 4, 64)
@@ -30,7 +37,7 @@ class Plan:
     Attributes:
         stages: names, in the order of BUDGETS.
         checks: the parity stage's tasks.
-        forward, features, sweep: cases of these stages.
+        forward, backward, features, sweep: cases of these stages.
         copy_bytes, matmul_size: of the ceilings.
         overhead: the case whose calls are timed on the host.
         workers: processes that check; 0 checks in this one.
@@ -38,8 +45,9 @@ class Plan:
     """
 
     stages: Sequence[str] = tuple(BUDGETS)
-    checks: Sequence[FeatureCheck | ConfigCheck] = ()
+    checks: Sequence[FeatureCheck | TileCheck] = ()
     forward: Sequence[Case] = ()
+    backward: Sequence[Case] = ()
     features: Sequence[Case] = ()
     sweep: Sequence[Case] = ()
     copy_bytes: int = 2**31
@@ -56,14 +64,23 @@ def make_plan(
     dtypes = ("bf16",) if quick else ("bf16", "fp16", "fp32")
     return Plan(
         stages=[name for name in BUDGETS if name in stages],
-        # Tiles first: they are few, and the forward stage runs on them.
-        checks=[*dispatch_checks(chip, dtypes), *feature_checks(dtypes)],
+        # What is timed first: a dtype at a time, its tiles before its features.
+        checks=[check for dtype in dtypes for check in _checks(chip, dtype)],
         forward=cases.forward_cases(quick),
+        backward=cases.backward_cases(quick),
         features=cases.feature_cases(quick),
         sweep=cases.sweep_cases(quick),
         workers=workers,
         total_seconds=total_seconds,
     )
+
+
+def _checks(chip: str, dtype: str) -> list[FeatureCheck | TileCheck]:
+    return [
+        *dispatch_checks(chip, [dtype]),
+        *gradient_checks(chip, [dtype]),
+        *feature_checks([dtype]),
+    ]
 
 
 def stage_seconds(stage: str, stages: Sequence[str], remaining: float) -> float:

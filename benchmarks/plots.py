@@ -2,6 +2,7 @@
 
 Writes, beside the file or into `--folder`:
     <name>-forward.png   sequence length against TFLOP/s, a line a provider, 20th to 80th percentile
+    <name>-backward.png  the same for forward and backward together
     <name>-sweep.png     TFLOP/s of every tile of the sweep, today's tile marked
 """
 
@@ -10,14 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.parity import show_config
 
 Row = dict[str, Any]
-Panel = tuple[int, bool]  # head_dim, causal
+Panel = tuple[str, int, bool]  # part, head_dim, causal
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; black is fastattn's.
 _COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#999999", "#F0E442")
@@ -25,11 +26,14 @@ _MARKERS = "osD^vPX*"
 
 
 def panels(rows: Iterable[Row], stage: str) -> dict[Panel, list[Row]]:
-    """Timed rows of a stage by head_dim and causal, in that order."""
+    """Timed rows of a stage by part, head_dim and causal, in that order; no feature rows."""
     found: dict[Panel, list[Row]] = {}
     for row in rows:
         if row["stage"] == stage and "ms" in row and "case" in row:
-            found.setdefault((row["case"]["head_dim"], row["case"]["causal"]), []).append(row)
+            case = row["case"]
+            if case["feature"] == "plain" and case["num_heads"] == case["num_heads_kv"]:
+                panel = (case["part"], case["head_dim"], case["causal"])
+                found.setdefault(panel, []).append(row)
     return dict(sorted(found.items()))
 
 
@@ -50,16 +54,16 @@ def title(document: Row) -> str:
     return ", ".join([*parts, environment["date"][:10]])
 
 
-def draw_forward(document: Row) -> Any:
+def draw_speeds(document: Row, stage: str, what: str) -> Any:
     """A figure with a panel a head_dim and mask, or None where there is nothing to draw."""
-    found = panels(document["rows"], "forward")
+    found = panels(document["rows"], stage)
     if not found:
         return None
-    figure, axes = _grid(len(found), document, "attention forward")
+    figure, axes = _grid(len(found), document, what)
     names = dict.fromkeys(row["provider"] for rows in found.values() for row in rows)
     peers = [name for name in names if not name.startswith("fastattn")]
     ceiling = document["ceilings"].get("matmul_tflops")
-    for axis, ((head_dim, causal), rows) in zip(axes, found.items(), strict=True):
+    for axis, ((_, head_dim, causal), rows) in zip(axes, found.items(), strict=True):
         for name, own in lines(rows).items():
             _draw_line(axis, name, own, peers)
         if ceiling:
@@ -103,7 +107,7 @@ def draw_sweep(document: Row) -> Any:
     most = max(len({tuple(row["tile"]) for row in rows}) for rows in found.values())
     figure, axes = _grid(len(found), document, "sweep of tiles", height=1.2 + 0.22 * most)
     seqlens = sorted({row["case"]["seqlen"] for rows in found.values() for row in rows})
-    for axis, ((head_dim, causal), rows) in zip(axes, found.items(), strict=True):
+    for axis, ((part, head_dim, causal), rows) in zip(axes, found.items(), strict=True):
         best: dict[tuple[int, ...], float] = {}
         for row in rows:
             tile = tuple(row["tile"])
@@ -123,10 +127,20 @@ def draw_sweep(document: Row) -> Any:
         axis.set_yticks(range(len(order)), names, fontsize=8)
         axis.grid(axis="y", alpha=0.3)
         axis.set_xlim(left=0)
-        axis.set_title(f"head_dim {head_dim}, {'causal' if causal else 'bidirectional'}")
+        mask = "causal" if causal else "bidirectional"
+        axis.set_title(f"{part}, head_dim {head_dim}, {mask}")
         axis.set_xlabel("TFLOP/s")
     _legend(figure, axes)
     return figure
+
+
+FIGURES: dict[str, Callable[[Row], Any]] = {
+    "forward": lambda document: draw_speeds(document, "forward", "attention forward"),
+    "backward": lambda document: draw_speeds(
+        document, "backward", "attention forward + backward (FLOPs: 3.5x forward's)"
+    ),
+    "sweep": draw_sweep,
+}
 
 
 def _grid(count: int, document: Row, what: str, height: float = 3.6) -> tuple[Any, list[Any]]:
@@ -174,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.folder or options.file.parent
     folder.mkdir(parents=True, exist_ok=True)
     drawn = 0
-    for name, draw in (("forward", draw_forward), ("sweep", draw_sweep)):
+    for name, draw in FIGURES.items():
         figure = draw(document)
         if figure is not None:
             path = folder / f"{options.file.stem}-{name}.png"

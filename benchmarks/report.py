@@ -10,6 +10,8 @@ from benchmarks.parity import show_config
 
 Row = dict[str, Any]
 RATIO = "vs best peer"
+# Stages with a table of speeds, and what they time.
+_SPEEDS = {"forward": "", "backward": "forward + backward, 3.5x forward's FLOPs, ", "features": ""}
 
 
 def first_line(error: str, most: int = 110) -> str:
@@ -63,6 +65,8 @@ def tables(document: Row) -> list[Table]:
     found = [
         _checks(rows),
         *_speeds(rows),
+        _backward_alone(rows),
+        _targets(document["summary"].get("targets", [])),
         _overhead(rows),
         _best_tiles(document["summary"].get("best_tiles", [])),
         _errors(rows),
@@ -83,7 +87,7 @@ def _checks(rows: Iterable[Row]) -> Table:
 
 def _speeds(rows: Iterable[Row]) -> Iterable[Table]:
     """A table a stage: a line a case, a column a provider, and how fastattn compares."""
-    for stage in ("forward", "features"):
+    for stage, what in _SPEEDS.items():
         by_case: dict[str, dict[str, Row]] = {}
         names: dict[str, None] = {}
         for row in rows:
@@ -101,8 +105,41 @@ def _speeds(rows: Iterable[Row]) -> Iterable[Table]:
                     _number(own.get("ratio_to_best_peer"), "{:.2f}x"),
                 ]
             )
-        title = f"{stage}: TFLOP/s (batch x seqlen, heads x head_dim)"
+        title = f"{stage}: {what}TFLOP/s (batch x seqlen, heads x head_dim)"
         yield Table(title, ["case", *names, "of ceiling", RATIO], cells)
+
+
+def _backward_alone(rows: Iterable[Row]) -> Table:
+    """Forward and backward of fastattn and of its best peer apart, in milliseconds."""
+    by_case: dict[str, list[Row]] = {}
+    for row in rows:
+        if "backward_ms" in row:
+            by_case.setdefault(row["case"]["label"], []).append(row)
+    cells = []
+    for label in sorted(by_case, key=lambda label: _order({"": by_case[label][0]})):
+        own = [row for row in by_case[label] if row["provider"].startswith("fastattn")]
+        peers = [row for row in by_case[label] if not row["provider"].startswith("fastattn")]
+        best = sorted(peers, key=lambda row: row["ms"])[:1]
+        for row in own + best:
+            times = [f"{row[name]:.3f}" for name in ("forward_ms", "backward_ms", "ms")]
+            speed = _number(row.get("backward_tflops"), "{:.0f}")
+            cells.append([label, row["provider"], *times, speed])
+    columns = ["case", "who", "forward ms", "backward ms", "both ms", "backward TFLOP/s"]
+    return Table("Forward and backward apart: fastattn and the best peer", columns, cells)
+
+
+def _targets(found: Iterable[Row]) -> Table:
+    cells = []
+    for target in found:
+        measured = [
+            f"{shape}: {ratio:.2f}x {target['peers'][shape]}"
+            for shape, ratio in target["measured"].items()
+        ]
+        shapes = [shape for shape in target["missing"] if "," not in shape]
+        measured += [f"{shape}: {target['missing'][shape]}" for shape in shapes]
+        verdict = {True: "met", False: "NOT met", None: "not measured"}[target["met"]]
+        cells.append([target["target"], verdict, ", ".join(measured)])
+    return Table("Targets of training, from this run's rows", ["target", "verdict", "what"], cells)
 
 
 def _order(rows: dict[str, Row]) -> tuple[Any, ...]:
@@ -145,7 +182,8 @@ def _best_tiles(found: Iterable[Row]) -> Table:
         current = best["current_tile"]
         cells.append(
             [
-                f"{best['chip']} D{best['head_dim']}{' causal' if best['causal'] else ''}",
+                f"{best['chip']} {best['part']} D{best['head_dim']}"
+                + (" causal" if best["causal"] else ""),
                 show_config(best["tile"]),
                 show_config(current) if current else "none",
                 _number(best["speedup_over_current"], "{:.3f}x"),
@@ -215,4 +253,4 @@ def print_tables(found: Iterable[Table], *, plain: bool = False) -> None:
 def _style(column: str, cell: str) -> str:
     if column == RATIO and cell:
         return "green" if float(cell.removesuffix("x")) >= 1 else "red"
-    return "red" if cell in ("error", "failed") else ""
+    return "red" if cell in ("error", "failed", "NOT met") else ""

@@ -13,6 +13,7 @@ import torch
 from benchmarks.accuracy import Oracle
 from benchmarks.cases import Case, make_inputs
 from benchmarks.measure import (
+    Checker,
     DeviceLost,
     Row,
     guarded,
@@ -22,14 +23,15 @@ from benchmarks.measure import (
     timing_fields,
     who_and_what,
 )
-from benchmarks.parity import FeatureCheck, describe_error, run_check
+from benchmarks.parity import ConfigCheck, FeatureCheck, TileCheck, describe_error, run_check
 from benchmarks.plan import Plan, stage_seconds
 from benchmarks.pool import PoolUnavailable, device_works, run_here, run_tasks
 from benchmarks.progress import Progress
 from benchmarks.providers import Provider, fastattn_provider
 from benchmarks.report import first_line, show_row
 from benchmarks.results import Results
-from benchmarks.sweep import best_tiles, candidate_checks, candidates, tile_provider
+from benchmarks.sweep import best_tiles, candidate_checks, candidates, check_of, tile_provider
+from benchmarks.targets import evaluate
 from benchmarks.timing import Run, Timer, input_sets
 
 _CHECK_SHARE = 0.6  # of the sweep's time may go to compiling and checking its tiles
@@ -75,7 +77,7 @@ def run_checks(
         seen.add(task)
         row = {
             "stage": stage,
-            "check": "feature" if isinstance(task, FeatureCheck) else "tile",
+            "check": _kind(task),
             "name": str(task),
             "dtype": task.dtype,
             "passed": "error" not in result,
@@ -98,8 +100,14 @@ def run_checks(
     bench.not_reached += run_here(rest, check, bench.deadline, note)
 
 
+def _kind(task: FeatureCheck | TileCheck) -> str:
+    if isinstance(task, FeatureCheck):
+        return "feature"
+    return "tile" if isinstance(task, ConfigCheck) else "backward tiles"
+
+
 def parity(bench: Bench) -> None:
-    """Every feature in every dtype, and every tile that dispatch may choose here."""
+    """Every feature in every dtype, and every tile that dispatch may choose here; gradients too."""
 
     def note(task: Any, row: Row) -> None:
         if not row["passed"]:
@@ -123,12 +131,24 @@ def forward(bench: Bench) -> None:
     measure_cases(bench, "forward", bench.plan.forward)
 
 
+def backward(bench: Bench) -> None:
+    """Forward and backward together: the same matrix, and features in training."""
+
+    def note() -> None:
+        bench.results.document["summary"]["targets"] = evaluate(bench.results.rows)
+
+    note()  # a run that is cut short says that nothing was measured
+    measure_cases(bench, "backward", bench.plan.backward, note)
+
+
 def features(bench: Bench) -> None:
     """Biases, padding, grouped heads, a small call."""
     measure_cases(bench, "features", bench.plan.features)
 
 
-def measure_cases(bench: Bench, stage: str, cases: Sequence[Case]) -> None:
+def measure_cases(
+    bench: Bench, stage: str, cases: Sequence[Case], after_case: Callable[[], None] = lambda: None
+) -> None:
     """Each case by each provider. Absent providers are listed in the file's head, not in rows."""
     present: list[tuple[Provider, Row]] = [
         (provider, {}) for provider in bench.providers if not provider.absent
@@ -138,10 +158,11 @@ def measure_cases(bench: Bench, stage: str, cases: Sequence[Case]) -> None:
             return
         rows = measure_case(bench, {"stage": stage}, case, present)
         rank(rows)
+        after_case()
         bench.results.save()
         for row in rows:
             if "error" in row and row["provider"].startswith("fastattn"):
-                bench.failures.append(f"{case}: {row['error']}")
+                bench.failures.append(f"{stage}, {case}: {row['error']}")
 
 
 def measure_case(
@@ -151,7 +172,7 @@ def measure_case(
     try:
         sets = input_sets(case.bytes, getattr(bench.timer, "cache_bytes", 0))
         inputs = [make_inputs(case, bench.device, seed) for seed in range(sets)]
-        oracle = Oracle(inputs[0])
+        checker = Checker(inputs[0])
     except Exception as error:
         row = {**head, "provider": "inputs", "case": case.to_dict()}
         bench.results.add({**row, "error": describe_error(error)})
@@ -163,7 +184,7 @@ def measure_case(
     for index, (provider, own) in enumerate(providers):
         if bench.is_late(len(providers) - index):
             break
-        row = measure({**head, **own}, case, provider, inputs, oracle, bench.timer, bench.ceilings)
+        row = measure({**head, **own}, provider, inputs, checker, bench.timer, bench.ceilings)
         rows.append(bench.results.add(row))
         bench.progress.line(show_row(rows[-1]))
     return rows
@@ -203,11 +224,11 @@ def overhead(bench: Bench) -> None:
 
 def sweep(bench: Bench) -> None:
     """Each tile on each shape: checked in a worker, checked again on the shape, then timed."""
-    wrong: dict[tuple[Any, int, bool], str] = {}
+    wrong: dict[TileCheck, str] = {}
 
     def note(task: Any, row: Row) -> None:
         if not row["passed"]:
-            wrong[(task.config, task.head_dim, task.causal)] = row["error"]
+            wrong[task] = row["error"]
 
     cases = bench.plan.sweep
     end, now = bench.deadline, time.monotonic()
@@ -220,9 +241,9 @@ def sweep(bench: Bench) -> None:
             return
         providers = []
         for place, tile in enumerate(candidates(bench.chip, case)):
-            provider = tile_provider(tile)
+            provider = tile_provider(tile, case.part)
             own = {"chip": bench.chip, "tile": tile, "current": place == 0}
-            if error := wrong.get((tile, case.head_dim, case.causal)):
+            if error := wrong.get(check_of(bench.chip, case, tile)):
                 row = {"stage": "sweep", **own, **who_and_what(provider, case), "error": error}
                 bench.results.add(row)
             else:
@@ -281,6 +302,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "parity": parity,
     "ceilings": ceilings,
     "forward": forward,
+    "backward": backward,
     "overhead": overhead,
     "features": features,
     "sweep": sweep,

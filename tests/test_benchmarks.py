@@ -316,7 +316,9 @@ def test_every_tile_that_dispatch_may_choose_is_checked() -> None:
 def test_check_of_a_tile_finds_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastattn.kernels import attention as kernels
 
-    check = parity.ConfigCheck((64, 64, 4, 1), 16, "fp32", True, 2, shape=(1, 80, 112, 1))
+    check = parity.ConfigCheck(
+        (64, 64, 4, 1), 16, "fp32", True, ("dense bias", "softcap"), shape=(1, 80, 112, 1, 1)
+    )
     result = parity.run_check(check, "cpu")
     assert "error" not in result and result["max_error"] <= result["allowed_max_error"]
     launch = kernels.launch_attention_forward
@@ -334,6 +336,7 @@ def test_sweep_tries_todays_tile_first_and_checks_all() -> None:
     tiles = sweep.candidates("sm_90", case)
     assert tiles[0] == sweep.current_tile("sm_90", case) and len(tiles) == len(set(tiles)) > 10
     checks = sweep.candidate_checks("sm_90", cases.sweep_cases())
+    checks = [check for check in checks if isinstance(check, parity.ConfigCheck)]
     assert {(check.head_dim, check.causal) for check in checks} == {
         (head_dim, causal) for head_dim in (64, 128) for causal in (False, True)
     }
@@ -352,19 +355,27 @@ def test_whole_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     tiles = (config.TileConfig(64, 32, 4, 1), config.TileConfig(64, 24, 4, 1))
     monkeypatch.setattr(config, "FORWARD_CANDIDATES", tiles)
-    run_config = parity.run_config
-    small = functools.partial(replace, shape=(1, 64, 80, 1))
-    monkeypatch.setattr(parity, "run_config", lambda task, device: run_config(small(task), device))
+    monkeypatch.setattr(config, "BACKWARD_ROWS_CANDIDATES", tiles[1:])
+    monkeypatch.setattr(config, "BACKWARD_KEYS_CANDIDATES", tiles[1:])
+    small = functools.partial(replace, shape=(1, 64, 80, 1, 1))
+    for name in ("run_config", "run_gradients"):
+        check = getattr(parity, name)
+        monkeypatch.setattr(
+            parity, name, lambda task, device, check=check: check(small(task), device)
+        )
     case = Case(2, 72, 2, 2, 16, dtype="float32")
     features = [replace(case, num_heads_kv=1, causal=True)]
-    features += [replace(case, feature=name) for name in cases.FEATURES if name != "plain"]
+    others = [name for name in cases.FEATURES if name not in ("plain", "dropout")]
+    features += [replace(case, feature=name) for name in others]
+    one = replace(case, causal=True, batch=1)
     checks = [parity.FeatureCheck("grouped-query", "bf16")]
     checks += parity.dispatch_checks("interpreter", ["fp32"])
     own_plan = plan.Plan(
         checks=checks,
         forward=[case, replace(case, causal=True)],
         features=features,
-        sweep=[replace(case, causal=True, batch=1)],
+        backward=[replace(one, part="training")],
+        sweep=[replace(one, part=part) for part in ("forward", "rows", "keys")],
         overhead=replace(case, batch=1),
         copy_bytes=2**20,
         matmul_size=64,
@@ -378,7 +389,7 @@ def test_whole_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(document["stages"]) == list(plan.BUDGETS)
     assert set(document["ceilings"]) == {"copy_gb_per_s", "matmul_tflops"}
     ours = [row for row in document["rows"] if row.get("provider") == "fastattn"]
-    assert len(ours) == 2 + len(features)
+    assert len(ours) == 2 + 1 + len(features)
     for row in ours:
         assert row["ms"] == 2.0 and row["ratio_to_best_peer"] == 1.0
         assert row["percent_of_ceiling"] > 0 and row["max_error"] <= row["allowed_max_error"]
@@ -386,11 +397,18 @@ def test_whole_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert cudnn and all("error" in row for row in cudnn)
     overhead = [row for row in document["rows"] if row["stage"] == "overhead"]
     assert len(overhead) == 3 and all("ms" in row for row in overhead)
-    swept = {tuple(row["tile"]): row for row in document["rows"] if "tile" in row}
-    assert "ms" in swept[(64, 64, 4, 1)] and "ms" in swept[(64, 32, 4, 1)]
-    assert "error" in swept[(64, 24, 4, 1)]  # no power of two
-    (best,) = document["summary"]["best_tiles"]
-    assert best["current_tile"] == [64, 64, 4, 1] and best["chip"] == "interpreter"
+    swept = {
+        (row["case"]["part"], *row["tile"][:2]): row for row in document["rows"] if "tile" in row
+    }
+    assert "ms" in swept[("forward", 64, 32)]
+    for part in ("forward", "rows", "keys"):
+        assert "ms" in swept[(part, 64, 64)]
+        assert "error" in swept[(part, 64, 24)]  # no power of two
+    best = document["summary"]["best_tiles"]
+    assert [found["part"] for found in best] == ["forward", "rows", "keys"]
+    for found in best:
+        assert found["current_tile"] == [64, 64, 4, 1] and found["chip"] == "interpreter"
+    assert len(document["summary"]["targets"]) == 4
     for table in report.tables(document):
         assert str(table).splitlines()[0] == table.title
     assert plots.main([str(bench.results.path)]) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, plots, report, sweep
+from benchmarks import cases, plots, report, sweep, targets
 from benchmarks.cases import Case
 from benchmarks.measure import rank, speed_fields
 from benchmarks.progress import Progress
@@ -60,6 +60,25 @@ def test_best_tile_is_best_over_all_complete_shapes() -> None:
     assert sweep.best_tiles([sweep_row(wrong, 1024, None)]) == []
 
 
+def training_rows(flash: float = 1.5, efficient: float = 4.0, factor: float = 1.0) -> list[dict]:
+    """Training, where fastattn takes `factor` ms, and peers so many ms."""
+    rows: list[dict[str, object]] = []
+    for case in cases.backward_cases():
+        own = []
+        times = {"fastattn": factor, "SDPA FLASH": flash, "SDPA EFFICIENT": efficient}
+        for name, ms in times.items():
+            row = {"stage": "backward", "provider": name, "case": case.to_dict()}
+            if name == "SDPA FLASH" and "bias" in case.feature:
+                own.append({**row, "skipped": "it takes no mask and no bias"})
+                continue
+            row |= {"ms": ms, "ms_p20": 0.95 * ms, "ms_p80": 1.1 * ms}
+            row |= {"tflops": case.flops / ms / 1e9, "forward_ms": ms / 4, "backward_ms": ms * 0.75}
+            own.append(row)
+        rank(own)
+        rows += own
+    return rows
+
+
 def made_up_document() -> dict[str, object]:
     """Test data: smooth curves that no device measured."""
     rows: list[dict[str, object]] = []
@@ -73,6 +92,7 @@ def made_up_document() -> dict[str, object]:
             own.append({**row, "percent_of_ceiling": tflops})
         rank(own)
         rows += own
+    rows += training_rows()
     for seqlen in (1024, 4096):
         for block in (32, 64, 128):
             tile = (128, block, 8, 3)
@@ -82,7 +102,10 @@ def made_up_document() -> dict[str, object]:
         "environment": {"device": "TEST DATA", "torch": "0", "date": "2000-01-01T00:00"},
         "ceilings": {"matmul_tflops": 130.0},
         "stages": {"forward": {"status": "done", "budget_seconds": 1.0, "seconds": 1.0}},
-        "summary": {"best_tiles": sweep.best_tiles(row for row in rows if "tile" in row)},
+        "summary": {
+            "best_tiles": sweep.best_tiles(row for row in rows if "tile" in row),
+            "targets": targets.evaluate(rows),
+        },
         "rows": rows,
     }
 
@@ -94,15 +117,20 @@ def test_plots_are_drawn_from_the_file_alone(tmp_path: Path) -> None:
     path.write_text(json.dumps(made_up_document()))
     assert plots.main([str(path), "--folder", str(tmp_path / "plots")]) == 0
     names = sorted(found.name for found in (tmp_path / "plots").iterdir())
-    assert names == ["made-up-forward.png", "made-up-sweep.png"]
-    image = imread(tmp_path / "plots" / names[0])
-    assert image.shape[0] > 600 and image.std() > 0.05  # not blank
-    figure = plots.draw_forward(made_up_document())
+    assert names == ["made-up-backward.png", "made-up-forward.png", "made-up-sweep.png"]
+    for name in names[:2]:
+        image = imread(tmp_path / "plots" / name)
+        assert image.shape[0] > 600 and image.std() > 0.05  # not blank
+    figure = plots.FIGURES["forward"](made_up_document())
     assert [axis.get_title() for axis in figure.axes] == [
         f"bfloat16, head_dim {head_dim}, {mask}"
         for head_dim in (64, 128)
         for mask in ("bidirectional", "causal")
     ]
+    training = plots.FIGURES["backward"](made_up_document())
+    line = next(line for line in training.axes[3].lines if line.get_label() == "fastattn")
+    # Not the causal case of grouped heads, which has a length of this panel.
+    assert list(line.get_xdata()) == [512, 1024, 2048, 4096, 8192, 16384]
     line = next(line for line in figure.axes[0].lines if line.get_label() == "fastattn")
     assert list(line.get_xdata()) == [512, 1024, 2048, 4096, 8192, 16384]
     assert line.get_ydata()[1] == pytest.approx(50 * (1 + 2 / 6))
@@ -125,6 +153,14 @@ def test_tables_show_speeds_ratios_and_errors(capsys: pytest.CaptureFixture[str]
                                      "of ceiling", "vs best peer"]  # fmt: skip
     cells = next(row for row in forward.rows if row[0] == "16 x 1024, 32 x 64")
     assert cells[1:4] == ["67", "80", "93"] and cells[-1] == "0.71x"
+    training = next(table for table in found if table.title.startswith("backward"))
+    cells = next(row for row in training.rows if row[0] == "8 x 2048, 16 x 64, T5 bias")
+    assert cells[-1] == "4.00x" and cells[list(training.columns).index("SDPA FLASH")] == "-"
+    apart = next(table for table in found if table.title.startswith("Forward and backward"))
+    assert ["4 x 4096, 16 x 128", "SDPA FLASH", "0.375", "1.125", "1.500", ""] in apart.rows
+    verdicts = next(table for table in found if table.title.startswith("Targets"))
+    assert [row[1] for row in verdicts.rows] == ["met"] * 4
+    assert "N=4096: 1.50x SDPA FLASH" in verdicts.rows[0][2]
     best = next(table for table in found if table.title.startswith("Best"))
     assert best.rows[0][1:4] == ["128x32 w8 s3", "128x64 w8 s3", "2.000x"]
     errors = next(table for table in found if table.title == "Errors")

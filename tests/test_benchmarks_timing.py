@@ -51,7 +51,7 @@ def test_padding_counts_neither_as_flops_nor_as_bytes() -> None:
     assert padded.bytes / whole.bytes == sum(padded.lengths) / (4 * 64)
 
 
-@pytest.mark.parametrize("feature", cases.FEATURES)
+@pytest.mark.parametrize("feature", [name for name in cases.FEATURES if name != "dropout"])
 def test_dense_mask_and_bias_are_the_same_problem_as_the_values(feature: str) -> None:
     """SDPA, given the dense tensors, agrees with the reference, given masks and biases."""
     case = Case(4, 48, 2, 2, 16, feature=feature, dtype="float32")
@@ -205,12 +205,13 @@ def test_plan_and_files_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert bench.chip == "sm_90" and bench.plan.workers == 3
     assert list(bench.plan.stages) == list(plan.BUDGETS)
     assert {check.dtype for check in bench.plan.checks} == {"bf16", "fp16", "fp32"}
-    assert len(bench.plan.forward) == 24 and len(bench.plan.sweep) == 12
+    assert len(bench.plan.forward) == 24 and len(bench.plan.sweep) == 36
+    assert len(bench.plan.backward) == 29
     names = [provider.name for provider in bench.providers]
     assert names[:5] == ["fastattn", "SDPA FLASH", "SDPA CUDNN", "SDPA EFFICIENT", "SDPA MATH"]
     assert json.loads(path.read_text())["environment"]["chip"] == "sm_90"
     quick = gpu.make_bench(
         gpu.parse(["--quick", "--stage", "sweep", "--stage", "ceilings", "--output", str(path)])
     )
-    assert quick.plan.stages == ["ceilings", "sweep"] and len(quick.plan.sweep) == 4
+    assert quick.plan.stages == ["ceilings", "sweep"] and len(quick.plan.sweep) == 12
     assert quick.plan.workers >= 1

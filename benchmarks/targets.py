@@ -1,0 +1,102 @@
+"""Which targets of training were met: said from rows that were timed, and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+OURS = "fastattn"
+FLASH = "SDPA FLASH"  # torch's FlashAttention-2
+
+
+def evaluate(rows: Iterable[Row]) -> list[Row]:
+    """The targets, each with what was measured for it.
+
+    Returns:
+        For each target: "target", in words; "required", how many times faster than the peer;
+        "measured", by shape, how many times it was; "peers", by shape, who the peer was; "met",
+        true only if every shape that was measured meets it, and none where fastattn itself failed;
+        None if nothing was measured; "missing", by shape, why there is no figure, also of one peer.
+    """
+    training = [row for row in rows if row["stage"] == "backward" and "case" in row]
+    found = []
+    for causal in (False, True):
+        mask = "causal" if causal else "bidirectional"
+        target = f"bf16 D128 {mask}, forward + backward: ahead of torch's FlashAttention-2"
+        own = _select(training, _is_plain_d128(causal))
+        found.append(_judge(target, own, own, [FLASH], 1.0, strictly=True))
+    table, dense = (_select(training, _has_bias(name)) for name in ("T5 bias", "dense bias"))
+    peers = sorted({row["provider"] for row in training if row["provider"].startswith("SDPA")})
+    for what, other in (
+        ("that is made from the table", table),
+        ("that is trained itself, without a table", dense),
+    ):
+        target = f"T5 bias, N=2048: 2x SDPA with a dense bias {what}"
+        found.append(_judge(target, table, other, peers, 2.0))
+    return found
+
+
+def _is_plain_d128(causal: bool) -> Callable[[Row], bool]:
+    def chosen(case: Row) -> bool:
+        alone = case["num_heads"] == case["num_heads_kv"] and case["feature"] == "plain"
+        return alone and (case["head_dim"], case["causal"]) == (128, causal)
+
+    return chosen
+
+
+def _has_bias(feature: str) -> Callable[[Row], bool]:
+    return lambda case: (case["feature"], case["seqlen"]) == (feature, 2048)
+
+
+def _select(rows: Iterable[Row], chosen: Callable[[Row], bool]) -> dict[int, dict[str, Row]]:
+    """Rows in bfloat16 by sequence length and provider."""
+    found: dict[int, dict[str, Row]] = {}
+    for row in rows:
+        if row["case"]["dtype"] == "bfloat16" and chosen(row["case"]):
+            found.setdefault(row["case"]["seqlen"], {})[row["provider"]] = row
+    return found
+
+
+def _judge(
+    target: str,
+    ours: dict[int, dict[str, Row]],
+    theirs: dict[int, dict[str, Row]],
+    peers: Sequence[str],
+    required: float,
+    *,
+    strictly: bool = False,
+) -> Row:
+    measured: dict[str, float] = {}
+    names: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    failed = False
+    for seqlen in sorted(ours):
+        shape, own = f"N={seqlen}", ours[seqlen].get(OURS, {})
+        timed = {
+            name: theirs[seqlen][name]["ms"]
+            for name in peers
+            if "ms" in theirs.get(seqlen, {}).get(name, {})
+        }
+        if "ms" not in own:
+            failed = failed or "error" in own
+            missing[shape] = "fastattn failed" if "error" in own else "fastattn has no time"
+        elif not timed:
+            missing[shape] = "no peer has a time"
+        else:
+            for name in peers:
+                row = theirs[seqlen].get(name, {})
+                if reason := row.get("error") or row.get("skipped"):
+                    missing[f"{shape}, {name}"] = reason
+            names[shape] = min(timed, key=lambda name: timed[name])
+            measured[shape] = timed[names[shape]] / own["ms"]
+    enough = [x > required if strictly else x >= required for x in measured.values()]
+    return {
+        "target": target,
+        "required": required,
+        "met": False if failed else all(enough) if enough else None,
+        "measured": measured,
+        "peers": names,
+        "missing": missing,
+    }
