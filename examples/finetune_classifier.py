@@ -11,8 +11,9 @@ frozen encoder (in eval mode). Both run with attn_implementation="fastattn" and 
 from the same seeds on the same batches. Dropout of hidden states draws the same masks in both.
 Dropout of attention weights is off by default: implementations draw different masks for it.
 
-Every run is a process of its own, so that its peak memory is its own. The two of a pair take their
-steps in turns, so that whatever else the machine does slows both.
+Every run is a process of its own, so that its peak memory is its own. The two of a pair take each
+step at the same time on a CPU, with half of the threads each, and in turns on a GPU: whatever else
+the machine does slows both.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -239,7 +240,10 @@ class Memory:
 _run: list[Run] = []
 
 
-def _start(settings: Settings) -> None:
+def _start(settings: Settings, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
     _run.append(Run(settings))
 
 
@@ -252,23 +256,31 @@ def _finish() -> dict[str, Any]:
 
 
 def race(pair: tuple[Settings, Settings]) -> dict[str, Any]:
-    """Trains the models of a pair, each in its process, taking their steps in turns."""
+    """Trains the models of a pair, each in its process."""
     spawn = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         pools = [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in pair]
         bar = stack.enter_context(_progress())
         task = bar.add_task(MODES[pair[0].frozen], total=pair[0].steps, note="loading")
-        for loaded in [pool.submit(_start, s) for pool, s in zip(pools, pair, strict=True)]:
-            loaded.result()
+        on_cpu, threads = pair[0].device == "cpu", threads_of_each()
+        starts = [pool.submit(_start, s, threads) for pool, s in zip(pools, pair, strict=True)]
+        for start in starts:
+            start.result()
         taken: list[list[tuple[float, float]]] = [[], []]
         for index in range(pair[0].steps):
-            for which in (0, 1) if index % 2 else (1, 0):
-                taken[which].append(pools[which].submit(_step, index).result())
+            order = (0, 1) if index % 2 else (1, 0)
+            steps = []
+            for which in order:
+                steps.append(pools[which].submit(_step, index))
+                if not on_cpu:
+                    wait(steps)
+            for which, future in zip(order, steps, strict=True):
+                taken[which].append(future.result())
             bar.update(task, advance=1, note=f"loss {taken[0][-1][0]:.2f}")
         bar.update(task, note="held-out passages")
-        runs = [pool.submit(_finish).result() for pool in pools]
-    for run, steps in zip(runs, taken, strict=True):
-        run["losses"], run["seconds"] = (list(values) for values in zip(*steps, strict=True))
+        runs = [end.result() for end in [pool.submit(_finish) for pool in pools]]
+    for run, pairs in zip(runs, taken, strict=True):
+        run["losses"], run["seconds"] = (list(values) for values in zip(*pairs, strict=True))
         run["step_seconds"] = spread(run["seconds"])
     ours, stock = runs
     differences = [abs(a - b) for a, b in zip(ours["losses"], stock["losses"], strict=True)]
@@ -302,13 +314,14 @@ def compare(settings: Settings, stock: str, frozen: list[bool]) -> dict[str, Any
         ours = replace(settings, frozen=f)
         modes.append(race((ours, replace(ours, attention=stock))))
     on_gpu = torch.device(settings.device).type == "cuda"
-    where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    each = f"{threads_of_each()} thread{'s' * (threads_of_each() > 1)} each"
     versions = {"python": platform.python_version(), "fastattn": fastattn.__version__}
     for package in ("torch", "triton", "transformers", NEEDS[MODEL_PACKAGE]):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
-        "device": torch.cuda.get_device_name(settings.device) if on_gpu else where,
+        "device": torch.cuda.get_device_name(settings.device) if on_gpu else _cpu_name(),
+        "timing": "in turns" if on_gpu else f"both at once, {each}",
         "versions": versions,
         "settings": {k: v for k, v in asdict(settings).items() if k not in ("attention", "frozen")},
         "data": {
@@ -323,6 +336,20 @@ def compare(settings: Settings, stock: str, frozen: list[bool]) -> dict[str, Any
         "memory_measure": "allocated on the GPU" if on_gpu else "resident, above the start",
         "modes": modes,
     }
+
+
+def threads_of_each() -> int:
+    """CPU threads of each run of a pair."""
+    import torch
+
+    return max(1, torch.get_num_threads() // 2)
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError, IndexError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return text.split("model name")[1].split("\n")[0].strip("\t :")
+    return f"{platform.machine()} CPU"
 
 
 def _progress() -> Progress:
@@ -377,9 +404,15 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     results["seconds"] = time.perf_counter() - started
+    # Of 5 minutes: how far the machine was shared.
+    results["load_average"] = os.getloadavg()[1] if hasattr(os, "getloadavg") else None
     console = Console(highlight=False, record=True, width=None if sys.stdout.isatty() else 110)
     print_results(results, console)
-    console.print(f"\n{results['seconds']:.0f} s on {results['device']}")
+    load = results["load_average"]
+    console.print(
+        f"\n{results['seconds']:.0f} s on {results['device']}, {os.cpu_count()} cores"
+        + (f", busy with {load:.1f} processes on average" if load else "")
+    )
     target = output / "finetune_classifier"
     console.save_text(str(target.with_suffix(".txt")))
     draw(results, target.with_suffix(".png"))

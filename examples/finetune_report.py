@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         console.print(
             f"\n[bold]{mode['mode']}[/]: losses differ by {mode['largest_loss_difference']:.1e} at "
             f"most; {mode['predictions_agreed']} of {data['held_out_passages']} predictions are "
-            f"the same; {' / '.join(names)} time of a step, from steps taken in turns: "
+            f"the same; {' / '.join(names)} time of a step, {results['timing']}: "
             f"{ratio['median']:.2f} (p20 {ratio['p20']:.2f}, p80 {ratio['p80']:.2f})"
         )
         served_by = mode["runs"][0]["served_by"]
@@ -79,14 +78,19 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left[0].set_ylabel("training loss")
     left[1].set_ylabel("difference of the losses")
     times, memory = (figure.add_subplot(grid[row, -1]) for row in (0, 1))
-    _draw_bars(modes, times, lambda run: _milliseconds(run, "median"), "{:,.0f} ms")
-    for place, run in _places(modes):
-        ends = [_milliseconds(run, name) for name in ("p20", "p80")]
-        times.plot([place, place], ends, color=INK, linewidth=1.5, solid_capstyle="butt")
-    times.set_title("time of a step\nmedian, 20th to 80th percentile", fontsize=10)
-    memory.set_title(f"peak memory\n{results['memory_measure']}", fontsize=10)
-    if all(run["peak_memory_bytes"] is not None for _, run in _places(modes)):
-        _draw_bars(modes, memory, lambda run: run["peak_memory_bytes"] / 2**20, "{:,.0f} MiB")
+    spans = [
+        [run["step_seconds"][name] * 1e3 for name in ("p20", "median", "p80")]
+        for _, run in _places(modes)
+    ]
+    _draw_bars(modes, times, [median for _, median, _ in spans], [top for *_, top in spans])
+    for (place, _), (low, _, high) in zip(_places(modes), spans, strict=True):
+        times.plot([place, place], [low, high], color=INK, linewidth=1.5, solid_capstyle="butt")
+    times.set_title(f"time of a step, ms (p20 to p80)\n{results['timing']}", fontsize=10)
+    memory.set_title(f"peak memory, MiB\n{results['memory_measure']}", fontsize=10)
+    peaks = [run["peak_memory_bytes"] for _, run in _places(modes)]
+    if None not in peaks:
+        sizes = [peak / 2**20 for peak in peaks]
+        _draw_bars(modes, memory, sizes, sizes)
     else:
         memory.text(0.5, 0.5, "not measured", ha="center", transform=memory.transAxes)
     figure.suptitle(
@@ -114,14 +118,14 @@ def _draw_losses(mode: dict[str, Any], curves: Any, gaps: Any) -> None:
     # A logarithmic axis has no place for 0: equal losses leave a gap.
     apart = [abs(a - b) or math.nan for a, b in pairs]
     unit = [2**-23 * b for _, b in pairs]
-    gaps.plot(steps, apart, ".-", markersize=4, linewidth=0.8, color=OURS)
+    gaps.plot(steps, apart, ".", markersize=5, color=OURS, label="|fastattn - stock|")
     gaps.plot(steps, unit, color=INK, linewidth=1.1, linestyle=":", label="float32 rounding unit")
     seen = [value for value in (*apart, *unit) if value > 0]
     low, high = (10.0 ** math.floor(math.log10(value)) for value in (min(seen), max(seen)))
-    before = gaps.get_ylim() if gaps.get_yscale() == "log" else (low, 10 * high)
+    before = gaps.get_ylim() if gaps.get_yscale() == "log" else (low, 20 * high)
     gaps.set_yscale("log")
-    gaps.set_ylim(min(low, before[0]), max(10 * high, before[1]))
-    gaps.legend(frameon=False, fontsize=9, loc="upper left")
+    gaps.set_ylim(min(low, before[0]), max(20 * high, before[1]))
+    gaps.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
     gaps.set_xlabel(f"step ({sum(a == b for a, b in pairs)} of {len(pairs)} losses are equal)")
     for axes in (curves, gaps):
         axes.grid(color=GRID, linewidth=0.8)
@@ -134,21 +138,17 @@ def _places(modes: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
     return [(2.5 * group + index, run) for group, runs in pairs for index, run in enumerate(runs)]
 
 
-def _milliseconds(run: dict[str, Any], name: str) -> float:
-    return run["step_seconds"][name] * 1e3
-
-
 def _draw_bars(
-    modes: list[dict[str, Any]], axes: Any, value: Callable[[dict[str, Any]], float], form: str
+    modes: list[dict[str, Any]], axes: Any, heights: list[float], tops: list[float]
 ) -> None:
+    """A bar for each run, with its name and height above `tops`."""
     for index, (place, run) in enumerate(_places(modes)):
-        axes.bar(place, value(run), width=0.92, color=STOCK if index % 2 else OURS)
-        text = f"{run['attention']}\n{form.format(value(run))}"
+        axes.bar(place, heights[index], width=0.92, color=STOCK if index % 2 else OURS)
+        text = f"{run['attention']}\n{heights[index]:,.0f}"
         options = {"ha": "center", "va": "bottom", "textcoords": "offset points"}
-        top = max(value(run), _milliseconds(run, "p80") if form.endswith("ms") else 0)
-        axes.annotate(text, (place, top), (0, 4), fontsize=8, **options)
+        axes.annotate(text, (place, tops[index]), (0, 3), fontsize=8.5, **options)
     names = [mode["mode"] for mode in modes]
     axes.set_xticks([2.5 * group + 0.5 for group in range(len(modes))], names, fontsize=9)
-    axes.margins(y=0.22)
+    axes.set_ylim(0, 1.25 * max(tops))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0, labelleft=False)

@@ -44,8 +44,10 @@ def print_results(results: dict[str, Any], console: Console) -> None:
     console.print(f"\n{results['seconds']:.0f} s on {results['device']}; {versions}", style="dim")
 
 
-def _table(title: str, *first: str, numbers: tuple[str, ...]) -> Table:
-    table = Table(title=f"\n[bold]{title}", title_justify="left", box=None, title_style="")
+def _table(console: Console, title: str, *first: str, numbers: tuple[str, ...]) -> Table:
+    """Prints a title; returns a table with left-aligned and right-aligned columns."""
+    console.print(f"\n[bold]{title}")
+    table = Table(box=None)
     for name in first:
         table.add_column(name)
     for name in numbers:
@@ -55,6 +57,7 @@ def _table(title: str, *first: str, numbers: tuple[str, ...]) -> Table:
 
 def _print_check(check: dict[str, Any], console: Console) -> None:
     table = _table(
+        console,
         f"1. Trained with impl={check['impl']!r}, beside the reference: the tables' gradients",
         "table",
         numbers=(
@@ -67,12 +70,12 @@ def _print_check(check: dict[str, Any], console: Console) -> None:
         ),
     )
     for name, steps in check["table_gradients"].items():
-        largest = (max(s[key] for s in steps) for key in ("difference", "error", "reference_error"))
+        largest = (max(steps[key]) for key in ("difference", "error", "reference_error"))
         after = check["tables_after"][name]
         table.add_row(
             name.replace("_table", ""),
             *(f"{value:.1e}" for value in largest),
-            f"{sum(s['parity'] for s in steps):.0f} of {len(steps)}",
+            f"{sum(steps['within_parity_rule']):.0f} of {check['steps']}",
             f"{after['largest_entry']:.3f}",
             f"{after['largest_difference']:.1e}",
         )
@@ -90,6 +93,7 @@ def _print_check(check: dict[str, Any], console: Console) -> None:
 def _print_training(results: dict[str, Any], console: Console) -> None:
     settings, records = results["settings"], results["training"]
     table = _table(
+        console,
         f"2. The long training, {settings['steps']} steps with impl='auto'",
         numbers=("step", "seconds", "training loss", "held-out loss"),
     )
@@ -108,6 +112,7 @@ def _print_training(results: dict[str, Any], console: Console) -> None:
 def _print_scores(results: dict[str, Any], console: Console) -> None:
     total = results["pairs"]["test"]
     table = _table(
+        console,
         f"3. {total} messages that were not trained on, by sacrebleu",
         "translation",
         numbers=("BLEU", "chrF", "as in the catalog"),
@@ -132,6 +137,7 @@ def _print_bias(heads: list[list[float]], console: Console) -> None:
     middle = len(heads[0]) // 2
     shown = (-8, -3, -2, -1, 0, 1, 2, 3, 8)
     table = _table(
+        console,
         "4. What the encoder's table has learned: bias at a distance of so many tokens",
         "head",
         numbers=(*(f"{distance:+d}" if distance else "0" for distance in shown), "most at"),
@@ -202,12 +208,13 @@ def _draw_errors(axes: Any, check: dict[str, Any]) -> None:
             ("reference_error", "reference", OTHER),
             ("error", check["impl"], OURS),
         ):
-            values = [step[key] for step in steps]
             axes.plot(
-                range(1, len(steps) + 1), values, line, color=color, linewidth=1.3,
+                range(1, check["steps"] + 1), steps[key], line, color=color, linewidth=1.3,
                 label=f"{who}, {stack} table",
             )  # fmt: skip
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 10, high * 4)  # room for the legend; the noise is not the message
     axes.set_title("Gradients of the tables: error against float64", fontsize=10)
     axes.set_xlabel("step")
     axes.set_ylabel("relative to the gradient's norm")

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -280,13 +281,23 @@ def main(
     results.update(_environment(device), seconds=time.perf_counter() - started)
     output.mkdir(parents=True, exist_ok=True)
     target = output / "train_t5_bias"
-    target.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    target.with_suffix(".json").write_text(_as_json(results), encoding="utf-8")
     plots = draw(results, target)
     console = Console(highlight=False, record=True, width=None if sys.stdout.isatty() else 110)
     print_results(results, console)
-    console.save_text(str(target.with_suffix(".txt")), clear=False)
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    target.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     names = ", ".join(path.name for path in (*plots, target.with_suffix(".txt")))
     console.print(f"written: {target}.json, {names}", style="bold", soft_wrap=True)
+
+
+def _as_json(results: dict[str, Any]) -> str:
+    """Six digits of each number, and lists of numbers on one line each."""
+    short = json.loads(
+        json.dumps(results), parse_float=lambda digits: float(f"{float(digits):.6g}")
+    )
+    text = json.dumps(short, indent=1, ensure_ascii=False)
+    return re.sub(r"\[([^\[\]{}\"]+)\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
 
 
 def _check(device: str) -> str:

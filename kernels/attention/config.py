@@ -346,26 +346,29 @@ HALF_BACKWARD_CONFIGS: dict[str, dict[int, BackwardTiles]] = {
     },
 }
 
-FLOAT32_BACKWARD_CONFIGS: dict[str, dict[int, BackwardTiles]] = {
-    chip: {
+
+def _float32_backward_tiles(chip: str) -> dict[int, BackwardTiles]:
+    """Small tiles with a register limit, for the reasons that the forward pass has."""
+    small, wide = (16, 16, 4, 1), (16, 16, 16, 1)
+    # Plain, modified or crowded, shared bias. Four of AMD's warps may use 512 registers each.
+    table: dict[int, tuple[_Tile, _Tile, _Tile]] = {
+        64: ((32, 32, 8, 1), small, small),
+        128: (small, small, small),
+        256: (small, small, small) if chip == "gfx942" else ((16, 16, 8, 1), wide, (16, 16, 8, 1)),
+    }
+    return {
         limit: _backward_tiles(
-            (tile, crowded, crowded),
-            (tile, crowded, crowded),
+            (plain, crowded, crowded),
+            (plain, crowded, crowded),
             crowded,
             bias,
             None if chip == "gfx942" else 255,
         )
-        for limit, tile, crowded, bias in (
-            (64, (32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-            (128, (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-            # Four of AMD's warps may use 512 registers each.
-            (256, *[(16, 16, 4, 1)] * 3)
-            if chip == "gfx942"
-            else (256, (16, 16, 8, 1), (16, 16, 16, 1), (16, 16, 8, 1)),
-        )
+        for limit, (plain, crowded, bias) in table.items()
     }
-    for chip in HALF_BACKWARD_CONFIGS
-}
+
+
+FLOAT32_BACKWARD_CONFIGS = {chip: _float32_backward_tiles(chip) for chip in HALF_BACKWARD_CONFIGS}
 
 
 def select_backward_config(
