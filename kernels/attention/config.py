@@ -44,13 +44,18 @@ class Tiles:
     crowded: TileConfig
 
 
-_Tile = tuple[int, int, int, int]
+# block_m, block_n, num_warps, num_stages, and perhaps a register limit.
+_Tile = tuple[int, int, int, int] | tuple[int, int, int, int, int]
 
 
 def _tiles(
     plain: _Tile, modified: _Tile, crowded: _Tile, max_registers: int | None = None
 ) -> Tiles:
-    return Tiles(*(TileConfig(*tile, max_registers) for tile in (plain, modified, crowded)))
+    return Tiles(*(_config(tile, max_registers) for tile in (plain, modified, crowded)))
+
+
+def _config(tile: _Tile, max_registers: int | None) -> TileConfig:
+    return TileConfig(*tile[:4], tile[4] if len(tile) == 5 else max_registers)
 
 
 # (block_m, block_n, num_warps, num_stages) by chip and by head dimension up to the key.
@@ -227,8 +232,8 @@ def _backward_tiles(
     return BackwardTiles(
         _tiles(*rows, max_registers),
         _tiles(*keys, max_registers),
-        TileConfig(*by_distance, max_registers),
-        TileConfig(*bias, max_registers),
+        _config(by_distance, max_registers),
+        _config(bias, max_registers),
     )
 
 
@@ -238,10 +243,9 @@ HALF_BACKWARD_CONFIGS: dict[str, dict[int, BackwardTiles]] = {
     "sm_80": {
         64: _backward_tiles(
             ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
-            ((32, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+            ((32, 64, 8, 2), (32, 32, 4, 2, 255), (32, 32, 4, 1)),
             (32, 64, 8, 2),
             (32, 32, 4, 1),
-            255,
         ),
         128: _backward_tiles(
             ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
@@ -303,11 +307,10 @@ HALF_BACKWARD_CONFIGS: dict[str, dict[int, BackwardTiles]] = {
     },
     "sm_120": {
         64: _backward_tiles(
-            ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
-            ((32, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+            ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1, 255)),
+            ((32, 64, 8, 2), (32, 32, 4, 2, 255), (32, 32, 4, 1)),
             (32, 64, 8, 2),
-            (32, 32, 4, 1),
-            255,
+            (32, 32, 4, 1, 255),
         ),
         128: _backward_tiles(
             ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
