@@ -326,7 +326,7 @@ def compare(settings: Settings, stock: str, frozen: list[bool]) -> dict[str, Any
         "settings": {k: v for k, v in asdict(settings).items() if k not in ("attention", "frozen")},
         "data": {
             "source": f"docstrings of the standard library of Python {versions['python']}",
-            "licence": LICENSE,
+            "license": LICENSE,
             "labels": PACKAGES,
             "training_passages": len(training),
             "held_out_passages": len(held_out),

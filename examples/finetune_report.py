@@ -18,7 +18,7 @@ def print_results(results: dict[str, Any], console: Console) -> None:
     data = results["data"]
     console.print(
         f"MiniLM learns which of {len(data['labels'])} packages a docstring is from. Texts: "
-        f"{data['source']}, licence {data['licence']}; {data['training_passages']} to train on, "
+        f"{data['source']}, licence {data['license']}; {data['training_passages']} to train on, "
         f"{data['held_out_passages']} held out by file. Always answering "
         f"{data['majority_class']!r} is right for {data['majority_accuracy']:.1%} of these.\n"
     )
