@@ -91,9 +91,9 @@ def train_beside_reference(
         make_optimizer(model, LEARNING_RATE, TABLE_LEARNING_RATE) for model in (ours, other)
     ]
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    losses: dict[str, list[float]] = {"kernels": [], "reference": []}
+    losses: dict[str, list[float]] = {"impl": [], "reference": []}
     tables: dict[str, dict[str, list[float]]] = {name: {} for name in TABLES}
-    seconds = {"kernels": 0.0, "reference": 0.0}
+    seconds = {"impl": 0.0, "reference": 0.0}
     with progress_bar() as bar:
         task = bar.add_task(f"training with impl={impl!r} and the reference", total=steps, note="")
         for step in range(steps):
@@ -103,14 +103,14 @@ def train_beside_reference(
             plain = _table_gradients(ours, batch, "reference")[1]
             started = time.perf_counter()
             our_loss, gradients = _table_gradients(ours, batch, impl)
-            seconds["kernels"] += time.perf_counter() - started
+            seconds["impl"] += time.perf_counter() - started
             for name in TABLES:
                 for key, value in _errors(gradients[name], plain[name], exact[name]).items():
                     tables[name].setdefault(key, []).append(value)
             started = time.perf_counter()
             other_loss = _table_gradients(other, batch, "reference")[0]
             seconds["reference"] += time.perf_counter() - started
-            losses["kernels"].append(our_loss)
+            losses["impl"].append(our_loss)
             losses["reference"].append(other_loss)
             for optimizer in optimizers:
                 optimizer.step()

@@ -10,16 +10,6 @@ from rich.markup import escape
 from rich.table import Table
 
 OURS, OTHER, MUTED = "#1864ab", "#e8590c", "#868e96"
-HEAD_COLORS = (
-    "#1864ab",
-    "#e8590c",
-    "#2b8a3e",
-    "#862e9c",
-    "#c92a2a",
-    "#5c940d",
-    "#0b7285",
-    "#495057",
-)
 SHOWN_DISTANCE = 20  # most messages are no longer
 
 
@@ -35,8 +25,8 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         f"on, {counts['valid']} for the held-out loss, {counts['test']} for the scores; "
         f"{results['model']['parameters'] / 1e6:.2f} M parameters"
     )
-    if results["kernel_check"] is not None:
-        _print_check(results["kernel_check"], console)
+    if results["beside_reference"]:
+        _print_checks(results["beside_reference"], console)
     _print_training(results, console)
     _print_scores(results, console)
     _print_bias(results["bias_by_distance"]["encoder"], console)
@@ -55,39 +45,46 @@ def _table(console: Console, title: str, *first: str, numbers: tuple[str, ...]) 
     return table
 
 
-def _print_check(check: dict[str, Any], console: Console) -> None:
+def _print_checks(checks: dict[str, Any], console: Console) -> None:
     table = _table(
         console,
-        f"1. Trained with impl={check['impl']!r}, beside the reference: the tables' gradients",
+        "1. Trained beside the reference: the gradients of the relative position tables",
+        "impl",
         "table",
         numbers=(
-            "largest difference\nof the two",
-            "largest error\nof the kernels",
+            "largest\ndifference",
+            "largest error\nof impl",
             "largest error of\nthe reference",
             "steps within\nthe parity rule",
             "largest entry\nafter training",
-            "differs between\ntrainings by",
+            "trainings\ndiffer by",
         ),
     )
-    for name, steps in check["table_gradients"].items():
-        largest = (max(steps[key]) for key in ("difference", "error", "reference_error"))
-        after = check["tables_after"][name]
-        table.add_row(
-            name.replace("_table", ""),
-            *(f"{value:.1e}" for value in largest),
-            f"{sum(steps['within_parity_rule']):.0f} of {check['steps']}",
-            f"{after['largest_entry']:.3f}",
-            f"{after['largest_difference']:.1e}",
-        )
+    for impl, check in checks.items():
+        for name, steps in check["table_gradients"].items():
+            largest = (max(steps[key]) for key in ("difference", "error", "reference_error"))
+            after = check["tables_after"][name]
+            table.add_row(
+                impl,
+                name.removesuffix("_table"),
+                *(f"{value:.1e}" for value in largest),
+                f"{sum(steps['within_parity_rule']):.0f} of {check['steps']}",
+                f"{after['largest_entry']:.3f}",
+                f"{after['largest_difference']:.1e}",
+            )
     console.print(table)
-    ours, other = check["losses"].values()
-    gap = max(abs(a - b) for a, b in zip(ours, other, strict=True))
     console.print(
-        f"Relative to the gradient's norm; errors are against float64 at the same weights. Loss "
-        f"{ours[0]:.4f} to {ours[-1]:.4f} through impl={check['impl']!r}, {other[0]:.4f} to "
-        f"{other[-1]:.4f} through the reference; they differ by {gap:.1e} at most. "
-        f"{check['seconds']:.0f} s in all."
+        "Of the gradients: relative to their norm, errors against float64 at the same weights. Of "
+        "the tables after\ntraining: entries, as they are."
     )
+    for impl, check in checks.items():
+        ours, other = check["losses"]["impl"], check["losses"]["reference"]
+        gap = max(abs(a - b) for a, b in zip(ours, other, strict=True))
+        console.print(
+            f"Loss {ours[0]:.5f} to {ours[-1]:.5f} with impl={impl!r}, {other[0]:.5f} to "
+            f"{other[-1]:.5f} with the reference, {gap:.1e} apart at most; a step takes "
+            f"{check['step_seconds']['impl']:.2f} s and {check['step_seconds']['reference']:.2f} s"
+        )
 
 
 def _print_training(results: dict[str, Any], console: Console) -> None:
@@ -104,8 +101,8 @@ def _print_training(results: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "Nats a token. The training loss is the mean since the row above, with dropout and label "
-        f"smoothing ({settings['label_smoothing']}), the held-out loss without."
+        "Nats a token. The training loss is the mean since the row above, the held-out loss that "
+        f"of {results['pairs']['valid']} pairs."
     )
 
 
@@ -164,35 +161,52 @@ def _centered(heads: list[list[float]], causal: bool = False) -> list[list[float
 
 def draw(results: dict[str, Any], target: Path) -> list[Path]:
     """Writes TARGET.png, the trainings, and TARGET_tables.png, the biases learned."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    paths = []
-    check = results["kernel_check"]
-    widths = (1, 1, 1) if check is not None else (1,)
-    for suffix, columns in (("", len(widths)), ("_tables", 2)):
-        figure = Figure(figsize=(4.7 * columns, 4.2), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)  # no window, whatever the user's matplotlib is set up for
-        axes = figure.subplots(1, columns, squeeze=False)[0]
-        if suffix:
-            for place, (name, heads) in zip(axes, results["bias_by_distance"].items(), strict=True):
-                _draw_bias(place, name, heads)
-        else:
-            if check is not None:
-                _draw_losses(axes[0], check)
-                _draw_errors(axes[1], check)
-            _draw_training(axes[-1], results)
-        for place in axes:
-            place.spines[["top", "right"]].set_visible(False)
-            place.grid(color="#e9ecef", linewidth=0.8)
-            place.legend(frameon=False, fontsize=8.5)
-        paths.append(target.with_name(f"{target.name}{suffix}.png"))
-        figure.savefig(paths[-1])
+    # The first of them: torch's own is there for the table.
+    check = next(iter(results["beside_reference"].values()), None)
+    columns = 1 if check is None else 3
+    figure = _figure(4.7 * columns, 4.2)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    if check is not None:
+        _draw_losses(axes[0], check)
+        _draw_errors(axes[1], check)
+    _draw_training(axes[-1], results)
+    for place in axes:
+        _tidy(place)
+        place.legend(frameon=False, fontsize=8.5)
+    paths = [target.with_name(f"{target.name}{suffix}.png") for suffix in ("", "_tables")]
+    figure.savefig(paths[0])
+    biases = results["bias_by_distance"]
+    columns = len(biases["encoder"])
+    figure = _figure(0.6 + 1.7 * columns, 4.6)
+    rows = figure.subplots(2, columns, squeeze=False, sharex="row", sharey="row")
+    for axes, (stack, heads), color in zip(rows, biases.items(), (OURS, OTHER), strict=True):
+        _draw_bias(axes, stack, heads, color)
+    figure.suptitle(
+        "Relative position biases learned: bias of a key by its distance from the query, less the "
+        "head's mean",
+        fontsize=11,
+    )
+    figure.supxlabel("key position - query position, tokens", fontsize=10)
+    figure.savefig(paths[1])
     return paths
 
 
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # no window, whatever the user's matplotlib is set up for
+    return figure
+
+
+def _tidy(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e9ecef", linewidth=0.8)
+
+
 def _draw_losses(axes: Any, check: dict[str, Any]) -> None:
-    ours, other = check["losses"].values()
+    ours, other = check["losses"]["impl"], check["losses"]["reference"]
     steps = range(1, check["steps"] + 1)
     axes.plot(steps, other, color=OTHER, linewidth=4, alpha=0.45, label="impl='reference'")
     axes.plot(steps, ours, color=OURS, linewidth=1.3, label=f"impl={check['impl']!r}")
@@ -229,7 +243,7 @@ def _draw_training(axes: Any, results: dict[str, Any]) -> None:
     )  # fmt: skip
     axes.plot(
         [record["step"] for record in trained], [record["train"] for record in trained], ".-",
-        color=MUTED, label="training, with dropout and\nlabel smoothing",
+        color=MUTED, label="training",
     )  # fmt: skip
     bleu, chrf = (results["scores"]["model"][name] for name in ("bleu", "chrf"))
     axes.set_title(f"The long training: BLEU {bleu:.1f}, chrF {chrf:.1f} in the end", fontsize=10)
@@ -238,17 +252,16 @@ def _draw_training(axes: Any, results: dict[str, Any]) -> None:
     axes.set_ylabel("loss, nats a token")
 
 
-def _draw_bias(axes: Any, name: str, heads: list[list[float]]) -> None:
-    causal = name == "decoder"
+def _draw_bias(axes: Any, stack: str, heads: list[list[float]], color: str) -> None:
+    """One stack's biases, a panel for each head."""
+    causal = stack == "decoder"
     middle = len(heads[0]) // 2
     distances = range(-SHOWN_DISTANCE, 1 if causal else SHOWN_DISTANCE + 1)
-    for index, values in enumerate(_centered(heads, causal)):
-        axes.plot(
-            distances, [values[middle + distance] for distance in distances],
-            drawstyle="steps-mid", linewidth=1.4, color=HEAD_COLORS[index % len(HEAD_COLORS)],
-            label=f"head {index + 1}",
-        )  # fmt: skip
-    axes.axhline(0, color="#adb5bd", linewidth=0.8)
-    axes.set_title(f"What the {name}'s table has learned", fontsize=10)
-    axes.set_xlabel("key position - query position, tokens")
-    axes.set_ylabel("bias, less the head's mean")
+    for index, (place, values) in enumerate(zip(axes, _centered(heads, causal), strict=True)):
+        shown = [values[middle + distance] for distance in distances]
+        place.plot(distances, shown, drawstyle="steps-mid", linewidth=1.4, color=color)
+        place.axhline(0, color="#adb5bd", linewidth=0.8)
+        place.set_title(f"{stack}, head {index + 1}", fontsize=9)
+        place.tick_params(labelsize=8)
+        _tidy(place)
+    axes[0].set_ylabel("bias")

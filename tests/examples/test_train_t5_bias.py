@@ -22,6 +22,7 @@ pytest.importorskip("typer")
 
 import gettext_pairs
 import t5_kernel_check
+import t5_scores
 import t5_small
 import train_t5_bias
 import typer
@@ -182,31 +183,42 @@ def test_padding_never_changes_the_loss(model, examples: list[Example], impl: st
 
 def test_decoding_is_greedy(model, examples: list[Example]) -> None:
     """Every token is the likeliest after those before it, seen without the key/value cache."""
+    chosen = examples[:24:3]
+    settings = train_t5_bias.Settings(60, learning_rate=1e-2, evaluations=1)
+    train_t5_bias.train(model, chosen, chosen, settings)
     model.double().eval()
-    with torch.no_grad():  # so that some translations end before others
-        model.embedding.weight[gettext_pairs.END] *= 2.0
-    batch = gettext_pairs.collate(examples[:24:3])
-    limit = 12
+    batch = gettext_pairs.collate(chosen)
+    limit = 5
     rows = model.translate(batch.source, batch.source_lengths, limit)
     ended = [row for row in rows if len(row) < limit]
     assert 0 < len(ended) < len(rows)
-    for row, example in zip(rows, examples[:24:3], strict=True):
+    assert len({token for row in rows for token in row}) > 5
+    for row, example in zip(rows, chosen, strict=True):
         target = [*row, gettext_pairs.END][:limit]
         again = gettext_pairs.collate([Example(example.source, target)])
         assert model(again, "reference").argmax(-1).tolist() == target
         assert gettext_pairs.END not in row
 
 
+def within_parity_rule(steps: dict[str, list[float]]) -> bool:
+    """Over all steps together: in a single one, plain torch's error may be small by chance."""
+    ours, plain = (
+        torch.tensor(steps[key]).square().mean().sqrt() for key in ("error", "reference_error")
+    )
+    return bool(ours <= 2 * plain + torch.finfo(torch.float32).eps)
+
+
 def test_implementations_train_alike(tokenizer, examples: list[Example]) -> None:
     """The part that is for the kernels, with torch's attention in their place."""
     config = t5_small.Config(tokenizer.get_vocab_size())
     result = t5_kernel_check.train_beside_reference(examples, config, 12, "cpu", 0, "sdpa")
-    ours, other = result["losses"]["kernels"], result["losses"]["reference"]
+    ours, other = result["losses"]["impl"], result["losses"]["reference"]
     assert len(ours) == 12
     assert ours[-1] < ours[0] - 0.5
     assert ours == pytest.approx(other, rel=1e-5)
     for name, steps in result["table_gradients"].items():
-        assert steps["within_parity_rule"] == [1.0] * 12
+        assert within_parity_rule(steps)
+        assert len(steps["within_parity_rule"]) == 12
         assert min(steps["norm"]) > 0
         assert result["tables_after"][name]["largest_entry"] > 1e-3
         assert result["tables_after"][name]["largest_difference"] < 1e-4
@@ -227,21 +239,21 @@ def test_a_wrong_table_gradient_is_seen(
     monkeypatch.setattr(t5_kernel_check, "_table_gradients", off)
     config = t5_small.Config(tokenizer.get_vocab_size())
     result = t5_kernel_check.train_beside_reference(examples, config, 2, "cpu", 0, "sdpa")
-    passed = {
-        name: steps["within_parity_rule"] for name, steps in result["table_gradients"].items()
-    }
-    assert passed == {"encoder_table": [0, 0], "decoder_table": [1, 1]}
+    encoder, decoder = result["table_gradients"].values()
+    assert encoder["within_parity_rule"] == [0.0, 0.0]
+    assert not within_parity_rule(encoder)
+    assert within_parity_rule(decoder)
 
 
 def test_most_similar(tokenizer) -> None:
     queries = [PAIRS[3], Pair("the file %s is  missing", "")]
-    found = train_t5_bias.most_similar(tokenizer, PAIRS, queries)
+    found = t5_scores.most_similar(tokenizer, PAIRS, queries)
     assert found == [PAIRS[3].german, PAIRS[0].german]
 
 
 @pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in train_t5_bias.NEEDS),
-    reason="needs " + ", ".join(train_t5_bias.NEEDS),
+    any(importlib.util.find_spec(name) is None for name in (*train_t5_bias.NEEDS, "triton")),
+    reason=f"needs {', '.join(train_t5_bias.NEEDS)} and triton",
 )
 def test_learns_to_translate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From catalogs to plots: unseen sentences of a tiny language are translated."""
@@ -253,18 +265,17 @@ def test_learns_to_translate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(train_t5_bias, name, full)
     write_catalogs(tmp_path / "data", PAIRS)
     arguments = {"--data": tmp_path / "data", "--output": tmp_path / "out", "--device": "cpu"}
-    kernels = "triton" if importlib.util.find_spec("triton") else "sdpa"
-    steps = {"--steps": 60, "--check-steps": 1, "--check-impl": kernels}
+    steps = {"--steps": 60, "--check-steps": 2}
     done = command_line(*(str(word) for item in {**arguments, **steps}.items() for word in item))
     assert done.exit_code == 0, done.output
     results = json.loads((tmp_path / "out" / "train_t5_bias.json").read_text())
     records = results["training"]
     assert results["pairs"] == {"train": 160, "valid": 20, "test": 20}
     assert records[-1]["step"] == 60
-    check = results["kernel_check"]
-    assert check["impl"] == kernels
-    for steps in check["table_gradients"].values():
-        assert steps["within_parity_rule"] == [1.0]
+    assert list(results["beside_reference"]) == ["triton", "sdpa"]
+    for check in results["beside_reference"].values():
+        for steps in check["table_gradients"].values():
+            assert within_parity_rule(steps)
     assert records[-1]["valid"] < records[0]["valid"] / 3
     scores = results["scores"]
     assert scores["model"]["bleu"] > scores["English left as it is"]["bleu"] + 20
