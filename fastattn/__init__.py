@@ -1,8 +1,16 @@
 """fastattn: fused attention kernels in Triton, as drop-in functions and modules for PyTorch."""
 
 from fastattn.biases import ALiBi, T5Bias, alibi_slopes
+from fastattn.decoding import (
+    append_to_kv_cache,
+    attention_with_kv_cache,
+    explain_with_kv_cache,
+    merge_attention_states,
+)
 from fastattn.functional import attention, attention_weights, explain
 from fastattn.masks import Causal, Lengths, Packed, Prefix, Window
+from fastattn.quantized import Quantized
+from fastattn.rotary import Rotary
 from fastattn.version import __version__
 
 __all__ = [
@@ -11,11 +19,17 @@ __all__ = [
     "Lengths",
     "Packed",
     "Prefix",
+    "Quantized",
+    "Rotary",
     "T5Bias",
     "Window",
     "__version__",
     "alibi_slopes",
+    "append_to_kv_cache",
     "attention",
     "attention_weights",
+    "attention_with_kv_cache",
     "explain",
+    "explain_with_kv_cache",
+    "merge_attention_states",
 ]

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import reference, sdpa
+from fastattn import cache_storage, reference, sdpa
 from fastattn.biases import ALiBi, Bias, JoinedBias
+from fastattn.cache_problem import CacheProblem
+from fastattn.merge_problem import MergeProblem
 from fastattn.problem import AttentionProblem
 from fastattn.testing.interpreter import is_interpreting
 
@@ -24,21 +26,24 @@ from fastattn.testing.interpreter import is_interpreting
 # verification: they must be asked for by name.
 AUTO = {"cuda": ("triton", "sdpa", "reference"), "cpu": ("sdpa", "reference")}
 
-listeners: list[Callable[[str, AttentionProblem], None]] = []
-"""Called with the implementation's name and the problem on each run; how reports are made."""
+listeners: list[Callable[[str, Any], None]] = []
+"""Called with the implementation's name and the problem each time that something is attended; how
+reports are made."""
+
+Problem = AttentionProblem | CacheProblem | MergeProblem
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute attention: what it cannot do, and how it runs."""
+    """One way to compute an operation: what it cannot do, and how it runs."""
 
     name: str
-    unsupported_reasons: Callable[[AttentionProblem], list[str]]
-    run: Callable[[AttentionProblem], tuple[Tensor, Tensor | None]]
+    unsupported_reasons: Callable[[Any], list[str]]
+    run: Callable[[Any], Any]
 
 
 def _triton_reasons(problem: AttentionProblem) -> list[str]:
-    reasons = triton_environment_reasons(problem.q.device)
+    reasons = triton_environment_reasons(problem.device)
     if torch.is_grad_enabled() and _alibi_requires_grad(problem.bias):
         reasons.append("ALiBi slopes have no gradient in the kernel, and they require grad")
     if problem.has_tangents:
@@ -95,40 +100,109 @@ def _has_triton() -> bool:
         return False
 
 
+def _triton_cache_reasons(problem: CacheProblem | MergeProblem) -> list[str]:
+    reasons = triton_environment_reasons(problem.device)
+    if _in_function_transform():
+        reasons.append("the transforms of torch.func (grad, vmap, ...) are not in the operator")
+    if problem.dtype == torch.float64:
+        reasons.append("float64 is not in the kernel, which takes float16, bfloat16 and float32")
+    return reasons
+
+
 def _run_triton(problem: AttentionProblem) -> tuple[Tensor, Tensor | None]:
     from fastattn import torch_ops
 
     return torch_ops.attention_forward(problem)
 
 
+def _run_triton_cache(problem: CacheProblem) -> tuple[Tensor, Tensor | None]:
+    from fastattn import torch_decode_ops
+
+    return torch_decode_ops.attention_with_kv_cache(problem)
+
+
+def _run_triton_append(problem: CacheProblem) -> None:
+    from fastattn import torch_decode_ops
+
+    torch_decode_ops.append_to_kv_cache(problem)
+
+
+def _run_triton_merge(problem: MergeProblem) -> tuple[Tensor, Tensor]:
+    from fastattn import torch_decode_ops
+
+    return torch_decode_ops.merge_attention_states(
+        problem.out_a, problem.lse_a, problem.out_b, problem.lse_b
+    )
+
+
 def _run_sdpa(problem: AttentionProblem) -> tuple[Tensor, Tensor | None]:
     return sdpa.run(problem), None
 
 
-IMPLEMENTATIONS = {
-    implementation.name: implementation
-    for implementation in (
-        Implementation("triton", _triton_reasons, _run_triton),
-        Implementation("sdpa", sdpa.unsupported_reasons, _run_sdpa),
-        Implementation("reference", lambda problem: [], reference.run),
-    )
-}
+def _run_sdpa_cache(problem: CacheProblem) -> tuple[Tensor, Tensor | None]:
+    return sdpa.run_with_cache(problem), None
 
 
-def select(problem: AttentionProblem, impl: str = "auto") -> Implementation:
+def _no_reasons(problem: Problem) -> list[str]:
+    return []
+
+
+def _table(*implementations: Implementation) -> dict[str, Implementation]:
+    return {implementation.name: implementation for implementation in implementations}
+
+
+IMPLEMENTATIONS = _table(
+    Implementation("triton", _triton_reasons, _run_triton),
+    Implementation("sdpa", sdpa.unsupported_reasons, _run_sdpa),
+    Implementation("reference", _no_reasons, reference.run),
+)
+"""Those of attention without a cache."""
+
+CACHE_IMPLEMENTATIONS = _table(
+    Implementation("triton", _triton_cache_reasons, _run_triton_cache),
+    Implementation("sdpa", sdpa.unsupported_reasons, _run_sdpa_cache),
+    Implementation("reference", _no_reasons, reference.run_with_cache),
+)
+"""Those of attention with a cache."""
+
+APPEND_IMPLEMENTATIONS = _table(
+    Implementation("triton", _triton_cache_reasons, _run_triton_append),
+    Implementation("reference", _no_reasons, cache_storage.append),
+)
+"""Those of appending to a cache."""
+
+MERGE_IMPLEMENTATIONS = _table(
+    Implementation("triton", _triton_cache_reasons, _run_triton_merge),
+    Implementation("reference", _no_reasons, reference.merge),
+)
+"""Those of merging two attention states."""
+
+
+def implementations_of(problem: Problem) -> dict[str, Implementation]:
+    """The implementations of the operation that a problem states."""
+    if isinstance(problem, AttentionProblem):
+        return IMPLEMENTATIONS
+    if isinstance(problem, MergeProblem):
+        return MERGE_IMPLEMENTATIONS
+    return APPEND_IMPLEMENTATIONS if problem.q is None else CACHE_IMPLEMENTATIONS
+
+
+def select(problem: Problem, impl: str = "auto") -> Implementation:
     """The implementation that serves `problem`.
 
     Raises:
         ValueError: `impl` is unknown.
         NotImplementedError: `impl` was named and cannot serve the problem; lists every reason.
     """
+    implementations = implementations_of(problem)
     if impl == "auto":
-        for name in auto_candidates(problem.q.device):
-            if not IMPLEMENTATIONS[name].unsupported_reasons(problem):
-                return IMPLEMENTATIONS[name]
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {['auto', *IMPLEMENTATIONS]}, got {impl!r}")
-    chosen = IMPLEMENTATIONS[impl]
+        for name in auto_candidates(problem.device):
+            candidate = implementations.get(name)
+            if candidate is not None and not candidate.unsupported_reasons(problem):
+                return candidate
+    if impl not in implementations:
+        raise ValueError(f"impl must be one of {['auto', *implementations]}, got {impl!r}")
+    chosen = implementations[impl]
     if reasons := chosen.unsupported_reasons(problem):
         listed = "".join(f"\n  - {reason}" for reason in reasons)
         raise NotImplementedError(
@@ -143,11 +217,15 @@ def auto_candidates(device: torch.device) -> tuple[str, ...]:
     return AUTO.get(device.type, AUTO["cpu"])
 
 
-def run(problem: AttentionProblem, impl: str) -> tuple[Tensor, Tensor | None]:
-    """Output and log-sum-exp (None or empty where the implementation has none)."""
+def run(problem: Problem, impl: str) -> Any:
+    """What the implementation gives: output and log-sum-exp (None or empty where it has none)."""
     chosen = select(problem, impl)
-    for listener in listeners:
-        listener(chosen.name, problem)
+    attends = isinstance(problem, AttentionProblem) or (
+        isinstance(problem, CacheProblem) and problem.q is not None
+    )
+    if attends:
+        for listener in listeners:
+            listener(chosen.name, problem)
     return chosen.run(problem)
 
 
@@ -172,11 +250,11 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(problem: AttentionProblem, impl: str = "auto") -> Explanation:
+def explain(problem: Problem, impl: str = "auto") -> Explanation:
     """What `select` would choose, with every implementation's reasons; runs nothing."""
     reasons = {
         name: implementation.unsupported_reasons(problem)
-        for name, implementation in IMPLEMENTATIONS.items()
+        for name, implementation in implementations_of(problem).items()
     }
     try:
         chosen = select(problem, impl).name
@@ -185,24 +263,49 @@ def explain(problem: AttentionProblem, impl: str = "auto") -> Explanation:
     return Explanation(chosen, impl, describe(problem), reasons)
 
 
-def describe(problem: AttentionProblem) -> str:
+def describe(problem: Problem) -> str:
     """One line about a problem: shapes, dtype, device, mask and bias."""
-
-    def names(value: Any) -> str:
-        parts = getattr(value, "parts", (value,))
-        return " & ".join(type(part).__name__ for part in parts)
-
-    q, k, v = problem.q, problem.k, problem.v
-    text = f"q {tuple(q.shape)} k {tuple(k.shape)} v {tuple(v.shape)} "
-    text += f"{str(q.dtype).removeprefix('torch.')} on {q.device}"
+    if isinstance(problem, MergeProblem):
+        return f"two states out {_operand(problem.out_a)}"
+    if isinstance(problem, CacheProblem):
+        text = _describe_cache(problem)
+    else:
+        q, k, v = problem.q, problem.k, problem.v
+        text = f"q {tuple(q.shape)} k {tuple(k.shape)} v {_operand(v)}"
     if problem.mask is not None:
-        text += f", mask {names(problem.mask)}"
+        text += f", mask {_part_names(problem.mask)}"
     if problem.bias is not None:
-        text += f", bias {names(problem.bias)}"
+        text += f", bias {_part_names(problem.bias)}"
     if problem.softcap:
         text += f", softcap {problem.softcap}"
     if problem.sinks is not None:
         text += ", sinks"
-    if problem.dropout is not None:
+    if isinstance(problem, AttentionProblem) and problem.dropout is not None:
         text += f", dropout {problem.dropout.p}"
     return text
+
+
+def _operand(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _part_names(value: Any) -> str:
+    parts = getattr(value, "parts", (value,))
+    return " & ".join(type(part).__name__ for part in parts)
+
+
+def _describe_cache(problem: CacheProblem) -> str:
+    cache = problem.cache
+    text = "" if problem.q is None else f"q {_operand(problem.q)}, "
+    for name, values, scale in (("k", cache.k, cache.k_scale), ("v", cache.v, cache.v_scale)):
+        text += f"{name}_cache {tuple(values.shape)}"
+        if scale is not None:
+            per = "head" if scale.dim() == 1 else "token"
+            text += f" {str(values.dtype).removeprefix('torch.')} scaled per {per}"
+        text += ", "
+    text += f"blocks of {cache.block_size}" if cache.is_paged else "contiguous"
+    if problem.k is not None:
+        text += f", k {_operand(problem.k)}"
+    if problem.rotary is not None:
+        text += f", rotary {problem.rotary.rotary_dim}"
+    return text + (", batch_invariant" if problem.batch_invariant else "")

@@ -39,6 +39,11 @@ class AttentionProblem:
     return_lse: bool
 
     @property
+    def device(self) -> torch.device:
+        """Where it all lies."""
+        return self.q.device
+
+    @property
     def num_sequences(self) -> int:
         """Batch size, or the number of packed sequences."""
         return self.q.shape[0] if self.packed is None else self.packed.num_sequences

@@ -12,8 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastattn import cache_storage
 from fastattn.biases import Bias
+from fastattn.cache_problem import CacheProblem
 from fastattn.masks import Mask
+from fastattn.merge_problem import MergeProblem
 from fastattn.problem import AttentionProblem, make_problem
 
 
@@ -172,3 +175,42 @@ def _weights(
     if rows is not None:
         weights = weights.index_select(2, rows)
     return weights.mean(1) if average_heads else weights
+
+
+def run_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
+    """Appends the new tokens, then attends row by row; output and log-sum-exp."""
+    problem = cache_storage.rotate(problem)
+    cache_storage.append(problem)
+    q = problem.q
+    assert q is not None  # append_to_kv_cache does not come here
+    shape = (*q.shape[:-1], problem.cache.v.shape[-1])
+    out = q.new_empty(shape)
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty((shape[0], shape[2], shape[1]), dtype=lse_dtype)
+    for index, total in enumerate(problem.totals()):
+        k, v = cache_storage.gather(problem.cache, index, total, q.dtype)
+        own, own_lse = _attend(problem.row(index, total, k, v))
+        out[index], lse[index] = own[0], own_lse[0]
+    return out, lse
+
+
+def merge(problem: MergeProblem) -> tuple[Tensor, Tensor]:
+    """The state over both sets of keys: means weighted by exp(lse), -inf being weight 0."""
+    a, b = problem.lse_a, problem.lse_b
+    largest = torch.maximum(a, b).detach()
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    weight_a, weight_b = torch.exp(a - largest), torch.exp(b - largest)
+    total = weight_a + weight_b
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (torch.log(total) + largest).masked_fill(empty, float("-inf"))
+    parts = []
+    for out, own, weight in (
+        (problem.out_a, a, weight_a), (problem.out_b, b, weight_b),
+    ):  # fmt: skip
+        weight, absent = (
+            x.transpose(-1, -2)[..., None] for x in (weight / total, own == -torch.inf)
+        )
+        # Not weight * out: what a part without keys holds may be NaN.
+        parts.append(out.to(weight.dtype).masked_fill(absent, 0.0) * weight)
+    return (parts[0] + parts[1]).to(problem.out_a.dtype), lse

@@ -1,25 +1,28 @@
 """Attention by torch's own scaled_dot_product_attention: the fast path on CPU.
 
 Masks and biases become the one dense mask that SDPA takes. Padded and packed batches are cut into
-their sequences instead, so that padding costs nothing; that reads the lengths on the host.
+their sequences instead, so that padding costs nothing; that reads the lengths on the host. So do
+calls on a cache: neighboring rows of one length are attended together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastattn import masks
-from fastattn.masks import DenseMask, Joined, Lengths, Mask, Packed
+from fastattn import cache_storage, masks
+from fastattn.biases import ALiBi, Bias, DenseBias, JoinedBias, T5Bias
+from fastattn.cache_problem import CacheProblem
+from fastattn.masks import DenseMask, Joined, Lengths, Mask, MaskParts, Packed, Window
 from fastattn.problem import AttentionProblem
 from fastattn.validation import values_readable
 
 
-def unsupported_reasons(problem: AttentionProblem) -> list[str]:
+def unsupported_reasons(problem: AttentionProblem | CacheProblem) -> list[str]:
     """Why SDPA cannot serve a problem; empty if it can."""
     reasons = []
     if problem.softmax_scale <= 0:
@@ -32,10 +35,17 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append("softcap is not in torch's scaled_dot_product_attention")
     if problem.sinks is not None:
         reasons.append("sinks are not in torch's scaled_dot_product_attention")
-    if problem.dropout is not None and problem.dropout.seed is not None:
-        reasons.append("torch's scaled_dot_product_attention takes no seed for its dropout")
-    if problem.has_tangents:
-        reasons.append("torch's scaled_dot_product_attention has no forward-mode derivative")
+    if isinstance(problem, CacheProblem):
+        if problem.batch_invariant:
+            reasons.append(
+                "torch's scaled_dot_product_attention does not promise the same bits in batches of "
+                "other sizes (batch_invariant)"
+            )
+    else:
+        if problem.dropout is not None and problem.dropout.seed is not None:
+            reasons.append("torch's scaled_dot_product_attention takes no seed for its dropout")
+        if problem.has_tangents:
+            reasons.append("torch's scaled_dot_product_attention has no forward-mode derivative")
     if problem.return_lse:
         reasons.append("torch's scaled_dot_product_attention does not return the log-sum-exp")
     return reasons
@@ -162,3 +172,156 @@ def _scaled_dot_product(
 
 def _merge(bias: Tensor, visible: Tensor | None) -> Tensor:
     return bias if visible is None else bias.masked_fill(~visible, float("-inf"))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighboring rows of a cache that are alike: `total` tokens, of which any query sees `keys`.
+
+    Query rows from `live` on are padding.
+    """
+
+    rows: slice
+    total: int
+    keys: slice
+    live: int
+
+
+def run_with_cache(problem: CacheProblem) -> Tensor:
+    """Appends the new tokens, then attends; the output."""
+    problem = cache_storage.rotate(problem)
+    cache_storage.append(problem)
+    q = problem.q
+    assert q is not None  # append_to_kv_cache does not come here
+    cache, parts = problem.cache, masks.take_apart(problem.mask)
+    out_shape = (*q.shape[:-1], cache.v.shape[-1])
+    if q.numel() == 0:
+        return q.new_zeros(out_shape)
+    pieces = []
+    for run in _runs(problem, parts):
+        own = q[run.rows]
+        if run.keys.start >= run.keys.stop or run.live == 0:
+            pieces.append(own.new_zeros((*own.shape[:-1], out_shape[-1])))
+            continue
+        k, v = cache_storage.gather_rows(cache, run.rows, run.keys, q.dtype)
+        pieces.append(_attend_run(problem, parts, run, own, k, v))
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).contiguous()
+
+
+def _runs(problem: CacheProblem, parts: MaskParts) -> list[_Run]:
+    seqlen_q = problem.seqlen_q
+    totals = problem.totals()
+    starts, ends, lives = (
+        None if tensor is None else tensor.tolist()
+        for tensor in (parts.starts_k, parts.seqlens_k, parts.seqlens_q)
+    )
+    # A prefix cuts nothing off the interval that a row's queries see together: the last sees all.
+    left, right = parts.window_left, parts.window_right
+    runs: list[_Run] = []
+    for index, total in enumerate(totals):
+        start = 0 if starts is None else starts[index]
+        end = total if ends is None else min(total, ends[index])
+        live = seqlen_q if lives is None else lives[index]
+        if left >= 0:
+            start = max(start, total - seqlen_q - left)
+        if right >= 0:
+            end = min(end, total - seqlen_q + live + right)
+        keys = slice(start, max(start, end))
+        if runs and (runs[-1].total, runs[-1].keys, runs[-1].live) == (total, keys, live):
+            runs[-1] = _Run(slice(runs[-1].rows.start, index + 1), total, keys, live)
+        else:
+            runs.append(_Run(slice(index, index + 1), total, keys, live))
+    return runs
+
+
+def _attend_run(
+    problem: CacheProblem, parts: MaskParts, run: _Run, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Some rows of the batch; q (rows, seqlen_q, ...), and k and v (rows, run.keys, ...)."""
+    seqlen_q, total, keys = q.shape[1], run.total, run.keys
+    # What a single query sees is an interval, and its keys are already cut to it.
+    cuts = seqlen_q > 1 and (
+        0 <= parts.window_left < total or parts.window_right >= 0 or parts.prefix is not None
+    )
+    bias = None
+    if problem.bias is not None:
+        bias = _dense_bias(problem.bias, run, seqlen_q, q.dtype)
+    if bias is None and parts.mask is None and _is_square_causal(parts, run, seqlen_q):
+        # Rows before the first key, of a prompt padded on its left, see nothing.
+        out = _cached_scaled_dot_product(
+            q[:, keys.start :], k, v, None, problem.softmax_scale, causal=True
+        )
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, keys.start, 0)) if keys.start else out
+    visible = None
+    if cuts or parts.mask is not None:
+        assert problem.mask is not None  # it has the parts
+        visible = _dense_mask(problem.mask, run, seqlen_q, q.device)
+    attn_mask = visible if bias is None else _merge(bias, visible)
+    out = _cached_scaled_dot_product(
+        q[:, : run.live], k, v, attn_mask, problem.softmax_scale, causal=False
+    )
+    if visible is not None:
+        some = visible.any(-1)[..., None].transpose(1, 2)
+        if not (values_readable(some) and bool(some.all())):
+            out = torch.where(some, out, 0.0)
+    padding = seqlen_q - run.live
+    return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
+
+
+def _is_square_causal(parts: MaskParts, run: _Run, seqlen_q: int) -> bool:
+    """Whether all that is masked is what SDPA's own causal flag masks."""
+    causal = parts.window_right == 0 and not 0 <= parts.window_left < run.total - 1
+    whole = run.total == seqlen_q == run.live == run.keys.stop
+    return causal and whole and parts.prefix is None and seqlen_q > 1
+
+
+def _dense_mask(mask: Mask, run: _Run, seqlen_q: int, device: torch.device) -> Tensor:
+    rows = run.rows
+    indices = [rows.start] if _same_for_all(mask) else range(rows.start, rows.stop)
+    pieces = [
+        mask.at(index, seqlen_q, run.total).dense(seqlen_q, run.total, device) for index in indices
+    ]
+    dense = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return dense[:, :, : run.live, run.keys]
+
+
+def _dense_bias(bias: Bias, run: _Run, seqlen_q: int, dtype: torch.dtype) -> Tensor:
+    rows = run.rows
+    indices = [rows.start] if _same_for_all(bias) else range(rows.start, rows.stop)
+    pieces = [
+        bias.at(index, seqlen_q, run.total).dense(seqlen_q, run.total, dtype) for index in indices
+    ]
+    dense = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return dense[:, :, : run.live, run.keys]
+
+
+def _same_for_all(value: Mask | Bias) -> bool:
+    """Whether a mask or bias is the same for all rows of equal length, for sure."""
+    if isinstance(value, (Joined, JoinedBias)):
+        return all(_same_for_all(part) for part in value.parts)
+    if isinstance(value, (DenseMask, DenseBias)):
+        return value.tensor.dim() < 4 or value.tensor.shape[0] == 1
+    if isinstance(value, ALiBi):
+        return value.slopes.dim() == 1 or value.slopes.shape[0] == 1
+    return isinstance(value, (Window, T5Bias))
+
+
+def _cached_scaled_dot_product(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """SDPA in the public layout, q (rows, seqlen_q, num_heads, head_dim)."""
+    rows, seqlen_q, num_heads, _ = q.shape
+    num_heads_kv = k.shape[2]
+    group = num_heads // num_heads_kv
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if seqlen_q == 1 and group > 1:
+        # The heads that share keys become the query rows of one head: no key is read twice.
+        if attn_mask is not None and attn_mask.shape[1] > 1:
+            attn_mask = attn_mask.reshape(-1, num_heads_kv, group, attn_mask.shape[-1])
+        folded = q.reshape(rows, num_heads_kv, group, -1)
+        out = scaled_dot_product_attention(folded, k, v, attn_mask=attn_mask, scale=scale)
+        return out.reshape(rows, 1, num_heads, -1)
+    return scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=attn_mask, is_causal=causal, scale=scale,
+        enable_gqa=group > 1,
+    ).transpose(1, 2)  # fmt: skip

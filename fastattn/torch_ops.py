@@ -1,7 +1,7 @@
 """The `fastattn::` operators: schemas, fake implementations, and the launch of kernels.
 
-The only file that imports kernels, and it does so when one is first needed. torch.compile and
-torch.export see one opaque operator a call.
+Beside `torch_decode_ops` the only file that imports kernels, and it does so when one is first
+needed. torch.compile and torch.export see one opaque operator a call.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from fastattn import biases, masks
+from fastattn.cache_problem import CacheProblem
 from fastattn.problem import AttentionProblem
 from fastattn.testing.interpreter import is_interpreting
 from fastattn.validation import device_checks_enabled
 
-_LIBRARY = torch.library.Library("fastattn", "DEF")
+LIBRARY = torch.library.Library("fastattn", "DEF")
 
 # The flat form of masks and biases, in the order of the schemas; names are those of `Modifiers`.
 _SCALARS = (
@@ -33,25 +34,25 @@ _TENSORS = (
     "cu_seqlens_q", "cu_seqlens_k", "seqlens_q", "seqlens_k", "starts_k", "prefix", "mask",
     "bias", "alibi_slopes", "relative_bias", "sinks", "dropout_seed",
 )  # fmt: skip
-_NAMES = tuple(name for name, _ in _SCALARS) + _TENSORS
-_MODIFIERS = ", ".join(
+NAMES = tuple(name for name, _ in _SCALARS) + _TENSORS
+MODIFIERS = ", ".join(
     [f"{kind} {name}" for name, kind in _SCALARS] + [f"Tensor? {name}" for name in _TENSORS]
 )
 
 # What has a gradient, in the order of the backward operator's results.
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "relative_bias", "sinks")
 
-_LIBRARY.define(
+LIBRARY.define(
     "attention_forward(Tensor q, Tensor k, Tensor v, bool return_lse, bool save_softmax, "
-    f"{_MODIFIERS}) -> (Tensor, Tensor, Tensor)"
+    f"{MODIFIERS}) -> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor softmax_stats, bool[] needed, {_MODIFIERS}) -> ({', '.join(['Tensor'] * 6)})"
+    f"Tensor softmax_stats, bool[] needed, {MODIFIERS}) -> ({', '.join(['Tensor'] * 6)})"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "attention_weights(Tensor q, Tensor k, Tensor lse, Tensor? heads, Tensor? rows, bool average, "
-    f"{_MODIFIERS}) -> Tensor"
+    f"{MODIFIERS}) -> Tensor"
 )
 
 
@@ -63,7 +64,7 @@ def attention_forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         problem.v,
         problem.return_lse,
         problem.requires_grad,
-        *_modifiers(problem),
+        *flat_modifiers(problem),
     )
     return out, lse
 
@@ -77,14 +78,16 @@ def attention_weights(
 ) -> Tensor:
     """Weights (batch, heads, rows, keys), averaged (batch, rows, keys), by the weights kernel."""
     weights = torch.ops.fastattn.attention_weights(
-        problem.q, problem.k, lse, heads, rows, average, *_modifiers(problem)
+        problem.q, problem.k, lse, heads, rows, average, *flat_modifiers(problem)
     )
     return weights[:, 0] if average else weights
 
 
-def _modifiers(problem: AttentionProblem) -> list[Any]:
+def flat_modifiers(problem: AttentionProblem | CacheProblem) -> list[Any]:
     """Masks and biases flattened into the operators' arguments."""
-    dropout = None if problem.dropout is None else problem.dropout.drawn(problem.q.device)
+    dropout = problem.dropout if isinstance(problem, AttentionProblem) else None
+    if dropout is not None:
+        dropout = dropout.drawn(problem.device)
     flat = {
         "softmax_scale": problem.softmax_scale,
         "softcap": problem.softcap,
@@ -94,7 +97,7 @@ def _modifiers(problem: AttentionProblem) -> list[Any]:
         **_fields(masks.take_apart(problem.mask)),
         **_fields(biases.take_apart(problem.bias)),
     }
-    return [flat[name] for name in _NAMES]
+    return [flat[name] for name in NAMES]
 
 
 def _fields(parts: Any) -> dict[str, Any]:
@@ -102,7 +105,7 @@ def _fields(parts: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
     """The kernel package, imported once; under the interpreter, after it has been repaired."""
     if is_interpreting():
         from fastattn.testing.interpreter import repair
@@ -113,19 +116,20 @@ def _kernels() -> ModuleType:
     return attention
 
 
-def _input_precision(dtype: torch.dtype) -> str:
+def input_precision(dtype: torch.dtype) -> str:
     """float32 products are exact float32 unless the user allowed TensorFloat32 in torch."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"
 
 
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An output, full of NaN where the user asked for checks on the device."""
     tensor = like.new_empty(shape, dtype=dtype)
     return tensor.fill_(float("nan")) if device_checks_enabled() else tensor
 
@@ -142,17 +146,17 @@ def _forward_shapes(
     )
 
 
-@torch.library.impl(_LIBRARY, "attention_forward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "attention_forward", "CompositeExplicitAutograd")
 def _attention_forward(
     q: Tensor, k: Tensor, v: Tensor, return_lse: bool, save_softmax: bool, *modifiers: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    attention = _kernels()
-    flat = attention.Modifiers(**dict(zip(_NAMES, modifiers, strict=True)))
+    attention = kernels()
+    flat = attention.Modifiers(**dict(zip(NAMES, modifiers, strict=True)))
     packed = flat.cu_seqlens_q is not None
     shapes = _forward_shapes(q, v, return_lse, save_softmax, packed)
-    out = _empty(q, shapes[0], q.dtype)
-    lse, softmax_stats = (_empty(q, shape, torch.float32) for shape in shapes[1:])
-    with _on_device(q):
+    out = empty(q, shapes[0], q.dtype)
+    lse, softmax_stats = (empty(q, shape, torch.float32) for shape in shapes[1:])
+    with on_device(q):
         attention.launch_attention_forward(
             q,
             k,
@@ -161,7 +165,7 @@ def _attention_forward(
             lse if return_lse else None,
             flat,
             softmax_stats=softmax_stats if save_softmax else None,
-            input_precision=_input_precision(q.dtype),
+            input_precision=input_precision(q.dtype),
         )
     return out, lse, softmax_stats
 
@@ -170,7 +174,7 @@ def _attention_forward(
 def _fake_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, return_lse: bool, save_softmax: bool, *modifiers: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    packed = modifiers[_NAMES.index("cu_seqlens_q")] is not None
+    packed = modifiers[NAMES.index("cu_seqlens_q")] is not None
     out, lse, stats = _forward_shapes(q, v, return_lse, save_softmax, packed)
     return (
         q.new_empty(out),
@@ -190,7 +194,7 @@ def _empty_gradients(
     ]
 
 
-@torch.library.impl(_LIBRARY, "attention_backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "attention_backward", "CompositeExplicitAutograd")
 def _attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -202,8 +206,8 @@ def _attention_backward(
     needed: list[bool],
     *modifiers: Any,
 ) -> tuple[Tensor, ...]:
-    attention = _kernels()
-    flat = dict(zip(_NAMES, modifiers, strict=True))
+    attention = kernels()
+    flat = dict(zip(NAMES, modifiers, strict=True))
     results = _empty_gradients(q, k, v, needed, flat)
     if device_checks_enabled():
         for result in results:
@@ -213,7 +217,7 @@ def _attention_backward(
     )
     if dbias is not None:
         dbias.zero_()  # tiles that nobody sees are not visited
-    with _on_device(q):
+    with on_device(q):
         attention.launch_attention_backward(
             q,
             k,
@@ -224,7 +228,7 @@ def _attention_backward(
             dlse,
             attention.Modifiers(**flat),
             attention.Gradients(dq, dk, dv, dbias, drelative, dsinks),
-            input_precision=_input_precision(q.dtype),
+            input_precision=input_precision(q.dtype),
         )
     return tuple(results)
 
@@ -241,7 +245,7 @@ def _fake_attention_backward(
     needed: list[bool],
     *modifiers: Any,
 ) -> tuple[Tensor, ...]:
-    return tuple(_empty_gradients(q, k, v, needed, dict(zip(_NAMES, modifiers, strict=True))))
+    return tuple(_empty_gradients(q, k, v, needed, dict(zip(NAMES, modifiers, strict=True))))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -265,9 +269,9 @@ def _backward(
         )
     positions = {"q": 0, "k": 1, "v": 2}
     for name in _DIFFERENTIABLE[3:]:
-        positions[name] = 5 + _NAMES.index(name)
+        positions[name] = 5 + NAMES.index(name)
     needed = [ctx.needs_input_grad[positions[name]] for name in _DIFFERENTIABLE]
-    gradients: list[Tensor | None] = [None] * (5 + len(_NAMES))
+    gradients: list[Tensor | None] = [None] * (5 + len(NAMES))
     if dout is None:
         dout = out.new_zeros(()).expand_as(out)
     results = torch.ops.fastattn.attention_backward(
@@ -319,7 +323,7 @@ def _weights_shape(
     return (batch, 1 if average else num_heads, num_rows, seqlen_k)
 
 
-@torch.library.impl(_LIBRARY, "attention_weights", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "attention_weights", "CompositeExplicitAutograd")
 def _attention_weights(
     q: Tensor,
     k: Tensor,
@@ -329,10 +333,10 @@ def _attention_weights(
     average: bool,
     *modifiers: Any,
 ) -> Tensor:
-    attention = _kernels()
-    flat = dict(zip(_NAMES, modifiers, strict=True))
-    weights = _empty(q, _weights_shape(q, k, heads, rows, average, flat), torch.float32)
-    with _on_device(q):
+    attention = kernels()
+    flat = dict(zip(NAMES, modifiers, strict=True))
+    weights = empty(q, _weights_shape(q, k, heads, rows, average, flat), torch.float32)
+    with on_device(q):
         attention.launch_attention_weights(
             q,
             k,
@@ -342,7 +346,7 @@ def _attention_weights(
             heads=heads,
             chosen_rows=rows,
             average=average,
-            input_precision=_input_precision(q.dtype),
+            input_precision=input_precision(q.dtype),
         )
     return weights
 
@@ -357,6 +361,6 @@ def _fake_attention_weights(
     average: bool,
     *modifiers: Any,
 ) -> Tensor:
-    flat = dict(zip(_NAMES, modifiers, strict=True))
+    flat = dict(zip(NAMES, modifiers, strict=True))
     shape = _weights_shape(q, k, heads, rows, average, flat)
     return q.new_empty(shape, dtype=torch.float32)

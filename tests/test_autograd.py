@@ -38,7 +38,7 @@ def problem_of(name: str, device: str) -> AttentionProblem:
 
 
 def forward_arguments(problem: AttentionProblem) -> tuple[Any, ...]:
-    return (problem.q, problem.k, problem.v, True, True, *torch_ops._modifiers(problem))
+    return (problem.q, problem.k, problem.v, True, True, *torch_ops.flat_modifiers(problem))
 
 
 def backward_arguments(problem: AttentionProblem, needed: list[bool]) -> tuple[Any, ...]:
@@ -51,7 +51,7 @@ def backward_arguments(problem: AttentionProblem, needed: list[bool]) -> tuple[A
     return (torch.ones_like(out), dlse, q, k, v, out, stats, needed, *modifiers)
 
 
-DIFFERENT = [torch_ops._NAMES.index(name) for name in ("bias", "relative_bias", "sinks")]
+DIFFERENT = [torch_ops.NAMES.index(name) for name in ("bias", "relative_bias", "sinks")]
 NEEDS = {"all": [True] * 6, "dv": [False, False, True, False, False, False]}
 
 
@@ -84,7 +84,7 @@ def test_fakes_of_the_backward_are_like_the_real_ones(name: str, device: str) ->
 
 def test_an_operator_that_saved_nothing_says_so(device: str) -> None:
     q, k, v = (x.requires_grad_() for x in make_qkv(1, 5, 5, 1, head_dim=16, device=device))
-    modifiers = torch_ops._modifiers(make_problem(q, k, v))
+    modifiers = torch_ops.flat_modifiers(make_problem(q, k, v))
     out, _, _ = torch.ops.fastattn.attention_forward(q, k, v, False, False, *modifiers)
     with pytest.raises(RuntimeError, match="save_softmax=True"):
         out.sum().backward()

@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 import fastattn
 from fastattn import ALiBi, Causal, Lengths, Packed, T5Bias, Window, reference
 from fastattn.testing import assert_parity, bounds_checked, is_interpreting, make_qkv
-from fastattn.testing.features import FEATURES, Case, Feature, find_features
+from fastattn.testing.features import FEATURES, Case, Feature
 from fastattn.testing.gradients import run
-from fastattn.testing.verify import check_feature
+from fastattn.testing.verify import check_feature, find_features
 
 # Half of the rows exercise masks, which do not depend on the dtype: these are the ones that do.
 FP16_ROWS = [
@@ -61,7 +61,9 @@ def test_every_row_has_its_own_name_and_the_same_numbers_each_time() -> None:
 
 
 def test_rows_are_found_by_a_part_of_their_name() -> None:
-    assert {row.name for row in find_features("PREFIX")} == {"Prefix", "Prefix & Lengths"}
+    with_gradient = {"Prefix", "Prefix & Lengths"}
+    assert {row.name for row in find_features("PREFIX", grad=True)} == with_gradient
+    assert {row.name for row in find_features("PREFIX")} == {*with_gradient, "cache: Prefix"}
     with pytest.raises(ValueError, match=r"'no such row'.*\n  bidirectional"):
         find_features("no such row")
 

@@ -32,7 +32,7 @@ def operator_arguments(feature: Feature, device: str) -> tuple[Any, ...]:
     """The flat arguments that a row's call gives to `fastattn::attention_forward`."""
     case = feature.case(torch.float16, device)
     problem = make_problem(case.q, case.k, case.v, return_lse=True, **case.kwargs)
-    return (problem.q, problem.k, problem.v, True, True, *torch_ops._modifiers(problem))
+    return (problem.q, problem.k, problem.v, True, True, *torch_ops.flat_modifiers(problem))
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from fastattn import ALiBi, T5Bias, dispatch, functional, reference, torch_ops
 from fastattn.cli.verify import verify as verify_command
 from fastattn.problem import AttentionProblem
-from fastattn.testing.features import FEATURES, Draw, Feature, find_features
+from fastattn.testing.features import FEATURES, Draw, Feature
 from fastattn.testing.gradients import DIFFERENTIABLE, run
-from fastattn.testing.verify import Result, check_feature, verify
+from fastattn.testing.verify import Result, check_feature, find_features, verify
 from fastattn.testing.verify_model import SENTENCES, verify_model
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +99,7 @@ def test_a_wrong_result_fails(
 
 
 def test_rows_that_are_not_written_fail(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    attention = torch_ops._kernels()
+    attention = torch_ops.kernels()
     monkeypatch.setattr(attention, "launch_attention_forward", lambda *args, **kwargs: None)
     result = check_feature(_row("one query, one key"), "fp32", device)
     assert result.verdict == "FAIL: out (NaN or infinity), lse (NaN or infinity)"
@@ -108,13 +108,13 @@ def test_rows_that_are_not_written_fail(device: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.interpreter
 def test_a_read_outside_of_an_operand_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A k that claims one row more than there is: in its storage, but not its own."""
-    launch = torch_ops._kernels().launch_attention_forward
+    launch = torch_ops.kernels().launch_attention_forward
 
     def past_the_end(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> None:
         longer = k.as_strided((*k.shape[:1], k.shape[1] + 1, *k.shape[2:]), k.stride())
         launch(q, longer, *args, **kwargs)
 
-    monkeypatch.setattr(torch_ops._kernels(), "launch_attention_forward", past_the_end)
+    monkeypatch.setattr(torch_ops.kernels(), "launch_attention_forward", past_the_end)
     (result,) = verify("cpu", ["fp32"], [_row("strides with gaps everywhere")])
     assert "OutOfBoundsError" in result.verdict
 
@@ -149,7 +149,7 @@ def test_every_gradient_is_a_part(dtype: str, device: str) -> None:
 @pytest.mark.parametrize("part", GRADIENTS)
 def test_a_wrong_gradient_fails(part: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One element of one gradient, off by 16 rounding units of the largest."""
-    kernels = torch_ops._kernels()
+    kernels = torch_ops.kernels()
     right = kernels.launch_attention_backward
 
     def wrong(*args: Any, **kwargs: Any) -> None:
@@ -169,7 +169,7 @@ def test_a_wrong_gradient_fails(part: str, device: str, monkeypatch: pytest.Monk
 
 
 def test_gradients_that_are_not_written_fail(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = torch_ops._kernels()
+    kernels = torch_ops.kernels()
     monkeypatch.setattr(kernels, "launch_attention_backward", lambda *args, **kwargs: None)
     result = check_feature(_row("one query, one key"), "fp32", device, grad=True)
     assert result.verdict == "FAIL: " + ", ".join(f"d{x} (NaN or infinity)" for x in "qkv")
@@ -180,7 +180,7 @@ def test_gradients_that_are_not_written_fail(device: str, monkeypatch: pytest.Mo
 def test_a_backward_read_between_the_elements_of_an_operand_fails(
     position: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = torch_ops._kernels().launch_attention_backward
+    launch = torch_ops.kernels().launch_attention_backward
 
     def one_further(*args: Any, **kwargs: Any) -> None:
         operands = list(args)
@@ -190,7 +190,7 @@ def test_a_backward_read_between_the_elements_of_an_operand_fails(
         )
         launch(*operands, **kwargs)
 
-    monkeypatch.setattr(torch_ops._kernels(), "launch_attention_backward", one_further)
+    monkeypatch.setattr(torch_ops.kernels(), "launch_attention_backward", one_further)
     row = _row("strides with gaps everywhere")
     (result,) = verify("cpu", ["fp32"], [row], grad=True)
     assert "OutOfBoundsError" in result.verdict
@@ -305,7 +305,7 @@ def test_command_with_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     parts = written["results"][0]["parts"]
     assert list(parts) == ["out", "lse", "dq", "dk", "dv", "dsinks"]
 
-    kernels = torch_ops._kernels()
+    kernels = torch_ops.kernels()
     monkeypatch.setattr(kernels, "launch_attention_backward", lambda *args, **kwargs: None)
     result = runner.invoke(app, arguments)
     assert result.exit_code == 1
@@ -448,7 +448,7 @@ def test_command_on_a_model_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_names_of_rows_are_fit_for_a_command_line() -> None:
-    for row in FEATURES:
+    for row in find_features():
         assert row in find_features(row.name)
         assert row.name == row.name.strip()
         assert len(row.name) <= 45

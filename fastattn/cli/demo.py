@@ -303,8 +303,7 @@ def _check_kernels(batch: _Batch, own: Any, ours: Any, device: str) -> bool:
     """The Triton kernels against float64: on the whole model, and feature by feature."""
     from fastattn.integrations import transformers as fastattn_hf
     from fastattn.testing import compare
-    from fastattn.testing.features import find_features
-    from fastattn.testing.verify import check_feature
+    from fastattn.testing.verify import check_feature, find_features
 
     where = "on the GPU" if device == "cuda" else "on the CPU, in Triton's interpreter"
     _title(f"The Triton kernels {where}, against float64")

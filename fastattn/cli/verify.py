@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from fastattn.testing.verify_model import ModelResult
 
 RULE = (
-    "Shown is the largest error of the output against float64. Passed: output, log-sum-exp and\n"
-    "weights have at most 2 x torch's error + one rounding unit, as maximum and root mean square."
+    "Shown is the largest error of the output against float64. Passed: output, log-sum-exp,\n"
+    "weights and caches have at most 2 x torch's error + one rounding unit, as maximum and root\n"
+    "mean square."
 )
 GRADIENT_RULE = (
     "Shown is the gradient that uses most of what the rule allows: its largest error against\n"
@@ -135,10 +136,9 @@ def _interpret() -> None:
 def _verify_features(
     device: str, dtypes: list[str] | None, substring: str | None, grad: bool, jobs: int
 ) -> tuple[list[dict[str, Any]], bool]:
-    from fastattn.testing.features import find_features
-    from fastattn.testing.verify import DTYPES, verify
+    from fastattn.testing.verify import DTYPES, find_features, verify
 
-    rows = find_features(substring)
+    rows = find_features(substring, grad=grad)
     dtypes = dtypes or list(DTYPES)
     jobs = jobs or min(os.cpu_count() or 1, 8)
     started = time.perf_counter()

@@ -18,7 +18,7 @@ from fastattn.biases import ALiBi, Bias, DenseBias, JoinedBias, T5Bias, alibi_sl
 from fastattn.masks import Causal, Lengths, Mask, Packed, Prefix, Window, as_mask, find_packed
 from fastattn.testing.inputs import make_cu_seqlens, make_qkv
 
-__all__ = ["FEATURES", "Case", "Draw", "Feature", "find_features"]
+__all__ = ["FEATURES", "Case", "Draw", "Feature", "Kwargs", "no_modifiers"]
 
 Kwargs = dict[str, Any]
 
@@ -123,7 +123,8 @@ class Draw:
         return Packed(ends_q, make_cu_seqlens(lengths_k).to(self._device))
 
 
-def _nothing(draw: Draw) -> Kwargs:
+def no_modifiers(draw: Draw) -> Kwargs:
+    """No keyword arguments at all."""
     return {}
 
 
@@ -145,7 +146,7 @@ class Feature:
     """
 
     name: str
-    modifiers: Callable[[Draw], Kwargs] = _nothing
+    modifiers: Callable[[Draw], Kwargs] = no_modifiers
     batch: int = 2
     seqlen_q: int = 100
     seqlen_k: int = 100
@@ -430,20 +431,3 @@ FEATURES: tuple[Feature, ...] = (
             num_heads_kv=1, packed=True, weights=True),
 )
 # fmt: on
-
-
-def find_features(substring: str | None = None) -> tuple[Feature, ...]:
-    """All rows, or those whose name contains a substring (upper and lower case are the same).
-
-    Raises:
-        ValueError: no name contains it; the message lists all names.
-    """
-    if substring is None:
-        return FEATURES
-    found = tuple(row for row in FEATURES if substring.lower() in row.name.lower())
-    if not found:
-        names = "\n  ".join(row.name for row in FEATURES)
-        raise ValueError(
-            f"feature must be part of one of these names, got {substring!r}:\n  {names}"
-        )
-    return found

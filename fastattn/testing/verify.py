@@ -3,11 +3,12 @@
     results = verify("cpu")
     assert all(result.passed for result in results)
 
-Each row of `fastattn.testing.features` runs through the Triton kernels in each dtype. Output,
-log-sum-exp and, where the row asks for them, attention weights are measured by the parity rule of
-`fastattn.testing.tolerance`: against float64, beside plain torch in the same dtype. With
-`grad=True` the gradients are too, each by itself: those of float64 autograd are exact, those of
-autograd in the same dtype the measure, both of `fastattn.reference`.
+Each row of `fastattn.testing.features` and of `cache_features` runs through the Triton kernels in
+each dtype. Output, log-sum-exp and, where the row asks for them, attention weights are measured by
+the parity rule of `fastattn.testing.tolerance`: against float64, beside plain torch in the same
+dtype. With `grad=True` the gradients are too, each by itself: those of float64 autograd are exact,
+those of autograd in the same dtype the measure, both of `fastattn.reference`. Of a cache, what it
+holds after the call is verified, and that nothing else in it changed.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import functional, reference
+from fastattn import decoding, functional, reference
 from fastattn.dispatch import triton_environment_reasons
 from fastattn.testing import gradients
+from fastattn.testing.cache_features import CACHE_FEATURES, CacheCase, CacheFeature
 from fastattn.testing.features import FEATURES, Case, Feature
 from fastattn.testing.interpreter import bounds_checked, is_interpreting
 from fastattn.testing.tolerance import Comparison, compare
 from fastattn.validation import device_checks
 
-__all__ = ["DTYPES", "Result", "check_feature", "verify"]
+__all__ = ["DTYPES", "Result", "check_feature", "find_features", "verify"]
+
+Row = Feature | CacheFeature
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _GRADIENTS = tuple(f"d{name}" for name in gradients.DIFFERENTIABLE)
@@ -47,7 +51,7 @@ class Result:
         feature, dtype: which; dtype is "fp32", "fp16" or "bf16".
         parts: comparisons of "out", "lse" and perhaps "weights", and of the gradients where they
             are verified: "dq", "dk", "dv" and, where the row has such a tensor, "dbias", "dtable",
-            "dsinks". Empty if the call raised.
+            "dsinks"; of a cache, also what "k_cache" and "v_cache" hold. Empty if the call raised.
         error: what it raised, else "".
         seconds: time of the row, its references included.
     """
@@ -110,7 +114,7 @@ def _share_of_allowed(part: Comparison) -> float:
 
 
 def check_feature(
-    feature: Feature,
+    feature: Row,
     dtype: str,
     device: torch.device | str = "cpu",
     impl: str = "triton",
@@ -125,7 +129,7 @@ def check_feature(
     pass too.
 
     Args:
-        feature: the row.
+        feature: the row; one of `cache_features` has no gradient, and its cache is verified too.
         dtype: "fp32", "fp16" or "bf16".
         device: where to run.
         impl: what is verified, as in `fastattn.attention`.
@@ -136,6 +140,8 @@ def check_feature(
     Raises:
         ValueError: the reference itself gives NaN or infinity for a gradient.
     """
+    if isinstance(feature, CacheFeature):
+        return _check_cache_feature(feature, dtype, device, impl)
     started = time.perf_counter()
     case = feature.case(DTYPES[dtype], device)
     starts = feature.output_gradients(case) if grad else None
@@ -158,6 +164,39 @@ def check_feature(
     return Result(feature.name, dtype, parts, seconds=time.perf_counter() - started)
 
 
+def _check_cache_feature(
+    feature: CacheFeature, dtype: str, device: torch.device | str, impl: str
+) -> Result:
+    """A row of `cache_features`: output, log-sum-exp, and what the cache holds afterwards."""
+    started = time.perf_counter()
+    cases = [feature.case(DTYPES[dtype], device) for _ in range(3)]
+    case, plain, exact = cases[0], cases[1], cases[2].double()
+    before = case.memory()
+    checked: AbstractContextManager[None] = nullcontext()
+    if is_interpreting() and case.q.device.type == "cpu":
+        checked = bounds_checked(**case.named_tensors())
+
+    def run(one: CacheCase, impl: str) -> dict[str, Tensor]:
+        out, lse = one.call(decoding.attention_with_kv_cache, return_lse=True, impl=impl)
+        return {"out": out, "lse": lse}
+
+    with device_checks(), checked:
+        results = run(case, impl)
+    if not all(map(torch.equal, before, case.memory())):
+        raise AssertionError("something was written outside the places of the new tokens")
+    baseline, truth = run(plain, "reference"), run(exact, "reference")
+    for name, *tokens in zip(
+        ("k_cache", "v_cache"), case.tokens(), plain.tokens(), exact.tokens(), strict=True
+    ):
+        results[name], baseline[name], truth[name] = tokens
+    if feature.stored is not None:
+        # The attention's own error: over what this very cache holds now.
+        baseline |= run(case.settled(), "reference")
+        truth |= run(case.settled().double(), "reference")
+    parts = {name: compare(results[name], baseline[name], truth[name]) for name in results}
+    return Result(feature.name, dtype, parts, seconds=time.perf_counter() - started)
+
+
 def _weights(case: Case, lse: Tensor | None, impl: str) -> Tensor:
     return functional.attention_weights(case.q, case.k, lse, impl=impl, **case.kwargs)
 
@@ -171,10 +210,28 @@ def _bounds_checked(
     return bounds_checked(**case.tensors(), grad_out=out, grad_lse=lse)
 
 
+def find_features(substring: str | None = None, *, grad: bool = False) -> tuple[Row, ...]:
+    """All rows, or those whose name contains a substring (upper and lower case are the same).
+
+    With `grad`, only rows that have a gradient: attention over a cache has none.
+
+    Raises:
+        ValueError: no name contains it; the message lists all names.
+    """
+    rows: tuple[Row, ...] = FEATURES if grad else (*FEATURES, *CACHE_FEATURES)
+    found = tuple(row for row in rows if (substring or "").lower() in row.name.lower())
+    if not found:
+        names = "\n  ".join(row.name for row in rows)
+        raise ValueError(
+            f"feature must be part of one of these names, got {substring!r}:\n  {names}"
+        )
+    return found
+
+
 def verify(
     device: torch.device | str = "cpu",
     dtypes: Iterable[str] = tuple(DTYPES),
-    features: Sequence[Feature] | None = None,
+    features: Sequence[Row] | None = None,
     *,
     grad: bool = False,
     jobs: int = 1,
@@ -186,7 +243,7 @@ def verify(
         device: "cuda", or "cpu" for Triton's interpreter (TRITON_INTERPRET=1 must be set before
             triton is imported).
         dtypes: of "fp32", "fp16", "bf16".
-        features: rows of `fastattn.testing.features`; default all.
+        features: rows of `fastattn.testing.features` and `cache_features`; default all.
         grad: verify gradients too.
         jobs: processes to share the rows among, on the CPU. They import the main module anew, so a
             script that asks for several needs its `if __name__ == "__main__"`.
@@ -208,7 +265,7 @@ def verify(
     device = torch.device(device)
     if reasons := triton_environment_reasons(device):
         raise RuntimeError(f"kernels cannot run on {device}: {'; '.join(reasons)}")
-    rows = FEATURES if features is None else features
+    rows = find_features(grad=grad) if features is None else features
     tasks = [(feature, dtype) for feature in rows for dtype in dtypes]
     results = []
     for result in _run(tasks, device, grad, min(jobs, len(tasks))):
@@ -219,12 +276,13 @@ def verify(
 
 
 def _run(
-    tasks: list[tuple[Feature, str]], device: torch.device, grad: bool, jobs: int
+    tasks: list[tuple[Row, str]], device: torch.device, grad: bool, jobs: int
 ) -> Iterator[Result]:
     if jobs <= 1 or device.type != "cpu":
         yield from (_check_or_report(feature, dtype, device, grad) for feature, dtype in tasks)
         return
-    if any(feature not in FEATURES for feature, _ in tasks):
+    known = (*FEATURES, *CACHE_FEATURES)
+    if any(feature not in known for feature, _ in tasks):
         raise ValueError(f"jobs must be 1 for rows that are not in FEATURES, got {jobs}")
     names = [(feature.name, dtype, grad) for feature, dtype in tasks]
     # Spawned, not forked: torch's threads do not survive a fork.
@@ -237,11 +295,11 @@ def _run(
 def _check_by_name(task: tuple[str, str, bool]) -> Result:
     """In a worker process: the rows hold functions, which do not travel, so their names do."""
     name, dtype, grad = task
-    feature = next(row for row in FEATURES if row.name == name)
+    feature = next(row for row in find_features() if row.name == name)
     return _check_or_report(feature, dtype, torch.device("cpu"), grad)
 
 
-def _check_or_report(feature: Feature, dtype: str, device: torch.device, grad: bool) -> Result:
+def _check_or_report(feature: Row, dtype: str, device: torch.device, grad: bool) -> Result:
     started = time.perf_counter()
     try:
         return check_feature(feature, dtype, device, grad=grad)

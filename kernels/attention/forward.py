@@ -34,7 +34,6 @@ from fastattn.kernels.attention.tile import (
     Terms,
     add_terms,
     cut_scores,
-    exponential,
     head_base,
     kept_weights,
     key_ranges,
@@ -42,6 +41,7 @@ from fastattn.kernels.attention.tile import (
     load_tile,
     row_offsets,
     scale_scores,
+    softmax_step,
     visible_keys,
 )
 
@@ -96,7 +96,6 @@ def _attention_forward_kernel(
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
     # A bias may be the lowest float of its dtype, which the scale would turn into -inf.
     SUBTRACT_FIRST: tl.constexpr = PRECISE or (bias.ptr is not None)
-    # A row that sees nothing keeps a maximum of -inf, which must not reach exp2 as inf - inf.
     MAY_BE_EMPTY: tl.constexpr = (mask.ptr is not None) or (bias.ptr is not None)
 
     if scores.sinks is None:
@@ -152,12 +151,9 @@ def _attention_forward_kernel(
             )
             if stretch != 1:
                 s = cut_scores(s, col[None, :], first[:, None], end[:, None])
-            new_maximum = tl.maximum(maximum, tl.max(s, 1))
-            shift = new_maximum
-            if stretch != 1 or MAY_BE_EMPTY:
-                shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            p = exponential(s, shift[:, None], exponent_scale, SUBTRACT_FIRST)
-            decay = exponential(maximum, shift, exponent_scale, SUBTRACT_FIRST)
+            p, new_maximum, decay = softmax_step(
+                s, maximum, exponent_scale, SUBTRACT_FIRST, stretch != 1 or MAY_BE_EMPTY
+            )
             total = total * decay + tl.sum(p, 1)
             if dropout.seed is not None:
                 keep = kept_weights(dropout, index, head, row, start_n, BLOCK_M, BLOCK_N)

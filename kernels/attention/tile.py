@@ -152,6 +152,12 @@ def load_sequence(shape, masks, index):
         rows = load_int(masks.cu_seqlens_q, index + 1) - begin_q
         begin_k = load_int(masks.cu_seqlens_k, index)
         keys = load_int(masks.cu_seqlens_k, index + 1) - begin_k
+    return limit_sequence(masks, index, begin_q, begin_k, rows, keys)
+
+
+@triton.jit
+def limit_sequence(masks, index, begin_q, begin_k, rows, keys):
+    """A sequence of `rows` and `keys`, and which of them exist by the masks of lengths."""
     live_rows = rows
     first_key = 0
     end_key = keys
@@ -237,11 +243,17 @@ def tile_ranges(first_of_first, end_of_first, first_of_last, end_of_last, BLOCK:
 def key_ranges(start_m, seq, masks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """`tile_ranges` of the keys that one block of rows sees."""
     last_m = tl.minimum(start_m + BLOCK_M, seq.live_rows) - 1
-    first, full_end = visible_keys(start_m, seq, masks)
+    return key_ranges_between(start_m, last_m, seq, masks, BLOCK_N)
+
+
+@triton.jit
+def key_ranges_between(first_m, last_m, seq, masks, BLOCK_N: tl.constexpr):
+    """The same for the rows from `first_m` to `last_m`, both included."""
+    first, full_end = visible_keys(first_m, seq, masks)
     full_first, end = visible_keys(last_m, seq, masks)
     begin, full_begin, full_end, end = tile_ranges(first, full_end, full_first, end, BLOCK_N)
     # A block of rows that are all padding visits nothing.
-    alive = last_m >= start_m
+    alive = last_m >= first_m
     return begin, full_begin, tl.where(alive, full_end, full_begin), tl.where(alive, end, 0)
 
 
@@ -453,6 +465,22 @@ def exponential(scores, shift, scale, SUBTRACT_FIRST: tl.constexpr):
         return tl.exp2((scores - shift) * scale)
     else:
         return tl.exp2(scores * scale - shift * scale)
+
+
+@triton.jit
+def softmax_step(s, maximum, scale, SUBTRACT_FIRST: tl.constexpr, MAY_BE_EMPTY: tl.constexpr):
+    """One tile of the online softmax: weights, the new maxima, and what older sums shrink by.
+
+    MAY_BE_EMPTY: a row may have seen no key yet, so that its maximum is -inf.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(s, 1))
+    shift = new_maximum
+    if MAY_BE_EMPTY:
+        # Infinity minus infinity must not reach exp2.
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    p = exponential(s, shift[:, None], scale, SUBTRACT_FIRST)
+    decay = exponential(maximum, shift, scale, SUBTRACT_FIRST)
+    return p, new_maximum, decay
 
 
 @triton.jit

@@ -46,6 +46,7 @@ __all__ = [
 DEFAULT_FACTORIES: tuple[str, ...] = (
     "fastattn.testing.compile_cases:attention_cases",
     "fastattn.testing.compile_cases:attention_backward_cases",
+    "fastattn.testing.compile_decode_cases:attention_decode_cases",
 )
 
 
