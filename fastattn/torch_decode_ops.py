@@ -44,13 +44,13 @@ LIBRARY.define(
 
 def attention_with_kv_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp (empty unless asked for) of a problem, which appends what is new."""
-    return torch.ops.fastattn.attention_with_kv_cache(
-        problem.q,
-        *_cache(problem),
-        problem.batch_invariant,
-        problem.return_lse,
-        *flat_modifiers(problem),
-    )
+    return torch.ops.fastattn.attention_with_kv_cache(*flat_arguments(problem))
+
+
+def flat_arguments(problem: CacheProblem) -> tuple[Any, ...]:
+    """A problem as the operator takes it."""
+    flags = (problem.batch_invariant, problem.return_lse)
+    return (problem.q, *_cache(problem), *flags, *flat_modifiers(problem))
 
 
 def append_to_kv_cache(problem: CacheProblem) -> None:

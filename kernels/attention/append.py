@@ -11,7 +11,7 @@ from fastattn.kernels.attention.cached_keys import CachedKeys, paging, rotary, s
 from fastattn.kernels.attention.config import padded_dim
 from fastattn.kernels.attention.decode_config import APPEND_ROWS
 from fastattn.kernels.attention.operands import rows, vector
-from fastattn.kernels.attention.tile import load_int
+from fastattn.kernels.attention.tile import head_base, load_int
 
 
 @triton.jit
@@ -52,9 +52,8 @@ def _append_kernel(
         paging, index, cached + start, tl.arange(0, BLOCK), end, BLOCK_SIZE, False
     )
 
-    pointers = k_new.ptr + tl.cast(index, tl.int64) * k_new.stride_batch + head * k_new.stride_head
     k_tile = load_rotated(
-        pointers + row.to(tl.int64) * k_new.stride_row,
+        head_base(k_new, index, head, row),
         k_new.stride_dim,
         inside,
         rotary,
@@ -70,10 +69,9 @@ def _append_kernel(
     store_cached(k, k_scale, head, block, cache_row, inside, values, scales, HEAD_DIM)
 
     dim = tl.arange(0, BLOCK_DV)
-    pointers = v_new.ptr + tl.cast(index, tl.int64) * v_new.stride_batch + head * v_new.stride_head
-    pointers += row.to(tl.int64) * v_new.stride_row
+    pointers = head_base(v_new, index, head, row)[:, None] + dim[None, :] * v_new.stride_dim
     keep = inside[:, None] & (dim < HEAD_DIM_V)[None, :]
-    v_tile = tl.load(pointers[:, None] + dim[None, :] * v_new.stride_dim, mask=keep, other=0.0)
+    v_tile = tl.load(pointers, mask=keep, other=0.0)
     values, scales = encoded(v_tile, v, v_scale, head)
     store_cached(v, v_scale, head, block, cache_row, inside, values, scales, HEAD_DIM_V)
 

@@ -90,7 +90,7 @@ def cache_pointers(operand, head, block, row):
 @triton.jit
 def scale_pointers(scale, head, block, row):
     """Pointers to the scale of each row of a head, or to the one scale of the head."""
-    pointers = scale.ptr + head * scale.stride_head
+    pointers = scale.ptr + tl.cast(head, tl.int64) * scale.stride_head
     if scale.stride_row is not None:
         pointers += block * scale.stride_block + row.to(tl.int64) * scale.stride_row
     return pointers

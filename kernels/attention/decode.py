@@ -44,6 +44,7 @@ from fastattn.kernels.attention.tile import (
     Terms,
     add_terms,
     cut_scores,
+    head_base,
     key_ranges_between,
     limit_sequence,
     load_int,
@@ -170,10 +171,8 @@ def _attention_decode_kernel(
     first_m = block_m * BLOCK_M // group
     last_m = tl.minimum((block_m * BLOCK_M + BLOCK_M - 1) // group, seq.live_rows - 1)
     live = row < seq.live_rows
-    q_rows = q.ptr + tl.cast(index, tl.int64) * q.stride_batch
-    q_rows += row.to(tl.int64) * q.stride_row + head.to(tl.int64) * q.stride_head
     q_tile = load_rotated(
-        q_rows,
+        head_base(q, index, head, row),
         q.stride_dim,
         live,
         rotary,
@@ -218,9 +217,8 @@ def _attention_decode_kernel(
         # Loaded before the walk and used after it, so that nothing waits for them.
         local_new = tl.arange(0, BLOCK_NEW)
         arrives = (local_new < seqlen_new) & (cached + local_new < shape.seqlen_k) & is_last
-        new_base = tl.cast(index, tl.int64) * k_new.stride_batch + key_head * k_new.stride_head
         k_fresh = load_rotated(
-            k_new.ptr + new_base + local_new.to(tl.int64) * k_new.stride_row,
+            head_base(k_new, index, key_head, local_new),
             k_new.stride_dim,
             arrives,
             rotary,
@@ -233,10 +231,9 @@ def _attention_decode_kernel(
             INTERLEAVED,
         )
         dim_v = tl.arange(0, BLOCK_DV)
-        new_base = tl.cast(index, tl.int64) * v_new.stride_batch + key_head * v_new.stride_head
-        new_rows = v_new.ptr + new_base + local_new.to(tl.int64) * v_new.stride_row
+        v_rows = head_base(v_new, index, key_head, local_new)
         v_fresh = tl.load(
-            new_rows[:, None] + dim_v[None, :] * v_new.stride_dim,
+            v_rows[:, None] + dim_v[None, :] * v_new.stride_dim,
             mask=arrives[:, None] & (dim_v < HEAD_DIM_V)[None, :],
             other=0.0,
         )
@@ -364,16 +361,12 @@ def _attention_decode_kernel(
     inside = row < seq.rows
     result = split * num_sequences + index
     if lse.ptr is not None:
-        pointers = lse.ptr + tl.cast(result, tl.int64) * lse.stride_batch
-        pointers += head.to(tl.int64) * lse.stride_head + row.to(tl.int64) * lse.stride_row
-        tl.store(pointers, value, mask=inside)
+        tl.store(head_base(lse, result, head, row), value, mask=inside)
     if SPLIT:
         # A part without keys is not read again.
         inside = inside & ~empty
     dim = tl.arange(0, BLOCK_DV)
-    pointers = out.ptr + tl.cast(result, tl.int64) * out.stride_batch
-    pointers += row.to(tl.int64) * out.stride_row + head.to(tl.int64) * out.stride_head
-    pointers = pointers[:, None] + dim[None, :] * out.stride_dim
+    pointers = head_base(out, result, head, row)[:, None] + dim[None, :] * out.stride_dim
     keep = inside[:, None] & (dim < HEAD_DIM_V)[None, :]
     tl.store(pointers, acc.to(out.ptr.dtype.element_ty), mask=keep)
 
