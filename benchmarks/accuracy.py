@@ -37,10 +37,13 @@ def sample_rows(count: int, most: int = 1024) -> list[int]:
 
 def sample_heads(case: Case, most: int = 4) -> list[tuple[int, int]]:
     """At most `most` pairs (sequence, head), spread from the first to the last."""
-    total = case.batch * case.num_heads
+    return [divmod(index, case.num_heads) for index in spread(case.batch * case.num_heads, most)]
+
+
+def spread(total: int, most: int) -> list[int]:
+    """At most `most` of 0 ... total - 1, from the first to the last."""
     most = min(most, total)
-    flat = [index * (total - 1) // max(1, most - 1) for index in range(most)]
-    return [divmod(index, case.num_heads) for index in dict.fromkeys(flat)]
+    return list(dict.fromkeys(index * (total - 1) // max(1, most - 1) for index in range(most)))
 
 
 class Oracle:

@@ -1,11 +1,13 @@
 """`make gpu`: parity and speed of the kernels on a CUDA device, in under nine minutes.
 
-    PYTHONPATH=. python -m benchmarks.gpu [--quick] [--stage NAME ...] [--budget-seconds S]
+    PYTHONPATH=. python -m benchmarks.gpu [--quick] [--only decode] [--stage NAME ...]
+        [--budget-seconds S]
 
-Stages, in order: parity (every feature and every tile that can be chosen here, with gradients),
-ceilings (copy and matmul), forward (against torch SDPA and installed peers), backward (training:
-forward and backward, and which targets were met), overhead (host time of a call), features, sweep
-(tile configs). Rows are on disk as soon as they exist; an interrupted run keeps them.
+Stages, in order: parity (every feature and every config that can be chosen here, with gradients,
+caches, graphs), ceilings (copy and matmul), forward (against torch SDPA and installed peers),
+backward (training: forward and backward, and which targets were met), decode (steps over a cache,
+and their targets), overhead (host time of a call), features, sweep (tile configs), decode-sweep
+(decoding configs). Rows are on disk as soon as they exist; an interrupted run keeps them.
 
 Exit status: 0 everything is right; 1 something is wrong, or parity was not completed; 2 the run
 cannot start here; 130 it was interrupted. Speed does not change it.
@@ -23,14 +25,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.plan import BUDGETS, TOTAL_SECONDS, make_plan
+from benchmarks.decode_providers import find_decode_providers
+from benchmarks.plan import BUDGETS, SUBJECTS, TOTAL_SECONDS, make_plan
 from benchmarks.pool import worker_count
 from benchmarks.progress import Progress
 from benchmarks.providers import find_providers
 from benchmarks.report import print_tables, tables
 from benchmarks.results import Results, default_path, describe_environment, read_clocks
 from benchmarks.stages import Bench, run_plan
-from benchmarks.timing import CudaTimer, HostTimer
+from benchmarks.timing import CudaTimer, HostTimer, TwoTimers
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -42,6 +45,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="bf16 and the most telling shapes")
     parser.add_argument(
         "--stage", action="append", choices=list(BUDGETS), help="repeatable; default: all"
+    )
+    parser.add_argument(
+        "--only", choices=list(SUBJECTS), help="stages and checks of one subject; default: all"
     )
     parser.add_argument(
         "--budget-seconds", type=float, default=None, metavar="S",
@@ -97,34 +103,42 @@ def make_bench(options: argparse.Namespace) -> Bench:
     if workers is None:
         free_bytes = torch.cuda.mem_get_info(device)[0]
         workers = worker_count(len(os.sched_getaffinity(0)), free_bytes)
-    plan = make_plan(chip, stages, total, quick=options.quick, workers=workers)
-    providers = find_providers()
+    subjects = [options.only] if options.only else list(SUBJECTS)
+    plan = make_plan(chip, stages, total, quick=options.quick, workers=workers, subjects=subjects)
+    providers, decode_providers = find_providers(), find_decode_providers()
     environment = describe_environment(device)
     path = options.output or default_path(environment)
     results = Results(
         path,
         environment={**environment, "chip": chip, "clocks_before": read_clocks(device)},
         settings={"quick": options.quick, "stages": plan.stages, "budget_seconds": total},
-        providers=describe_providers(providers),
+        providers=describe_providers([*providers, *decode_providers]),
     )
+    replays = CudaTimer(method="graph", target_ms=40.0)
     return Bench(
         plan=plan,
         device=device,
         chip=chip,
         timer=CudaTimer(),
         host_timer=HostTimer(synchronize=torch.cuda.synchronize),
+        decode_timer=TwoTimers(replays, CudaTimer(method="events", target_ms=30.0)),
+        sweep_timer=CudaTimer(method="graph", target_ms=20.0, least=5),
         providers=providers,
+        decode_providers=decode_providers,
         results=results,
         progress=Progress(total),
     )
 
 
 def describe_providers(providers: Sequence[Any]) -> dict[str, str]:
-    """Each provider's version, or why it is absent."""
-    return {
-        provider.name: f"absent: {provider.absent}" if provider.absent else provider.version
-        for provider in providers
-    }
+    """Each provider's version, or why it is absent; one that is there for one stage is there."""
+    found: dict[str, str] = {}
+    for provider in providers:
+        if not provider.absent:
+            found[provider.name] = provider.version
+        else:
+            found.setdefault(provider.name, f"absent: {provider.absent}")
+    return found
 
 
 def run(bench: Bench) -> int:

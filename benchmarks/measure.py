@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from benchmarks.accuracy import Oracle, describe
 from benchmarks.cases import Case, Inputs
+from benchmarks.decode_cases import DecodeCase
 from benchmarks.gradients import GradientOracle
 from benchmarks.parity import describe_error
 from benchmarks.pool import device_works
 from benchmarks.providers import Provider
-from benchmarks.timing import Timer, Timing
+from benchmarks.timing import Timer, Timing, TwoTimers
 
 Row = dict[str, Any]
 
@@ -44,8 +45,8 @@ def timing_fields(timing: Timing) -> Row:
     }
 
 
-def speed_fields(case: Case, ms: float, ceilings: dict[str, float]) -> Row:
-    """TFLOP/s, GB/s, and the percentage of the ceiling that binds.
+def speed_fields(case: Case | DecodeCase, ms: float, ceilings: dict[str, float]) -> Row:
+    """TFLOP/s, GB/s, and the percentage of the ceiling that binds; of the copy for a decoding step.
 
     The floor is the larger of FLOPs over the matmul rate and bytes over the copy rate, both
     measured in the same run (Williams et al., "Roofline", 2009).
@@ -57,7 +58,16 @@ def speed_fields(case: Case, ms: float, ceilings: dict[str, float]) -> Row:
         row["floor_ms"] = max(compute_ms, memory_ms)
         row["bound"] = "compute" if compute_ms >= memory_ms else "memory"
         row["percent_of_ceiling"] = 100 * row["floor_ms"] / ms
+        if case.part == "decode":
+            row["percent_of_copy"] = 100 * memory_ms / ms
     return row
+
+
+class Check(Protocol):
+    """What is right for a case."""
+
+    def check(self, provider: Provider, run: Callable[[], Any]) -> Row:
+        """Checks what a provider's function gives; returns what a row keeps of it."""
 
 
 class Checker:
@@ -97,7 +107,7 @@ def _make_oracle(inputs: Inputs) -> Oracle | GradientOracle:
     return Oracle(inputs) if inputs.case.part == "forward" else GradientOracle(inputs)
 
 
-def with_gradients(run: Callable[[], Any], inputs: Inputs) -> Callable[[], Any]:
+def with_gradients(run: Callable[[], Any], inputs: Any) -> Callable[[], Any]:
     """What is timed: `run` itself or, in training, its output and the gradients of the leaves."""
     if inputs.case.part != "training":
         return run
@@ -115,8 +125,8 @@ def with_gradients(run: Callable[[], Any], inputs: Inputs) -> Callable[[], Any]:
 def measure(
     head: Row,
     provider: Provider,
-    inputs: list[Inputs],
-    checker: Checker,
+    inputs: list[Any],
+    checker: Check,
     timer: Timer,
     ceilings: dict[str, float],
 ) -> Row:
@@ -132,7 +142,7 @@ def measure(
     return guarded(row, lambda: _check_and_time(provider, inputs, checker, timer, ceilings))
 
 
-def who_and_what(provider: Provider, case: Case) -> Row:
+def who_and_what(provider: Provider, case: Case | DecodeCase) -> Row:
     """The fields that every row has."""
     version = provider.version or None
     return {"provider": provider.name, "version": version, "case": case.to_dict()}
@@ -140,19 +150,22 @@ def who_and_what(provider: Provider, case: Case) -> Row:
 
 def _check_and_time(
     provider: Provider,
-    inputs: list[Inputs],
-    checker: Checker,
+    inputs: list[Any],
+    checker: Check,
     timer: Timer,
     ceilings: dict[str, float],
 ) -> Row:
     case = inputs[0].case
     forward = [provider.prepare(own) for own in inputs]
     runs = [with_gradients(run, own) for run, own in zip(forward, inputs, strict=True)]
-    row = checker.check(provider, runs[0])
+    row = checker.check(provider, runs[0]) | provider.note(inputs[0])
     timing = timer(runs)
     row |= {**timing_fields(timing), **speed_fields(case, timing.median_ms, ceilings)}
     if case.part == "training":
         row |= _backward_fields(case, timing, timer(forward))
+    if isinstance(timer, TwoTimers):
+        events = timer.events(runs)
+        row |= {"events_ms": events.median_ms, "events_method": events.method}
     return row
 
 

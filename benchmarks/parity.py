@@ -1,9 +1,10 @@
 """What must be right before anything is timed, as tasks for the pool.
 
-`FeatureCheck` is a row of `fastattn verify --grad`. `ConfigCheck` runs the forward kernel with one
-tile config, `GradientCheck` the backward kernels with one each, whether dispatch may choose them on
-this chip or the sweep will time them: a compiler may be right about one tile and wrong about
-another. Shapes share Triton's cache with the timed ones, which find their kernels compiled.
+`FeatureCheck` is a row of `fastattn verify --grad`, with or without a cache. `ConfigCheck` runs the
+forward kernel with one tile config, `GradientCheck` the backward kernels with one each, whether
+dispatch may choose them on this chip or the sweep will time them: a compiler may be right about one
+tile and wrong about another; decoding's are in `decode_checks.py`. Shapes share Triton's cache with
+the timed ones, which find their kernels compiled.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,12 +25,13 @@ from fastattn.testing.inputs import make_qkv, poison
 from fastattn.testing.interpreter import is_interpreting, repair
 from fastattn.testing.tolerance import compare
 
+Row = dict[str, Any]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class FeatureCheck:
-    """One row of `fastattn.testing.features` in one dtype ("bf16", "fp16" or "fp32")."""
+    """A row of `fastattn.testing` `features` or `cache_features` in "bf16", "fp16" or "fp32"."""
 
     name: str
     dtype: str
@@ -92,6 +94,19 @@ class GradientCheck:
 TileCheck = ConfigCheck | GradientCheck
 
 
+class OwnCheck(Protocol):
+    """A check that knows how to run, as those of decoding do."""
+
+    kind: str
+
+    @property
+    def dtype(self) -> str:
+        """A key of DTYPES."""
+
+    def run(self, device: torch.device) -> Row:
+        """What a row keeps of it; WrongResult or another error where something is wrong."""
+
+
 def _show_problem(task: TileCheck) -> str:
     features = [task.dtype, f"D{task.head_dim}"]
     features += ["causal"] if task.causal else []
@@ -132,7 +147,7 @@ def dispatch_checks(chip: str, dtypes: Iterable[str]) -> list[ConfigCheck]:
         (4096, ("dense bias", "softcap")),
     )
     checks = []
-    for dtype, head_dim in itertools.product(dtypes, _head_dims(chip)):
+    for dtype, head_dim in itertools.product(dtypes, head_dims(chip)):
         for seqlen, modifiers in problems:
             config = as_tuple(
                 select_forward_config(chip, head_dim, DTYPES[dtype], seqlen, len(modifiers))
@@ -159,7 +174,7 @@ def gradient_checks(chip: str, dtypes: Iterable[str]) -> list[GradientCheck]:
     if chip == "interpreter":
         group, alone = (2, 80, 112, 2, 1), (1, 80, 112, 1, 1)
     checks = []
-    for dtype, head_dim in itertools.product(dtypes, _head_dims(chip)):
+    for dtype, head_dim in itertools.product(dtypes, head_dims(chip)):
         for modifiers, masks in _BACKWARD_PROBLEMS:
             tiles = backward_tiles(chip, head_dim, dtype, modifiers)
             for causal in masks:
@@ -190,13 +205,14 @@ def backward_tiles(
     return as_tuple(config.rows), as_tuple(config.keys), as_tuple(config.bias)
 
 
-def _head_dims(chip: str) -> list[int]:
+def head_dims(chip: str) -> list[int]:
+    """Head dimensions with tiles of their own on a chip."""
     from fastattn.kernels.attention.config import HALF_CONFIGS
 
     return [32] if chip == "interpreter" else list(HALF_CONFIGS[chip])
 
 
-def run_check(task: FeatureCheck | TileCheck, device: str) -> dict[str, Any]:
+def run_check(task: FeatureCheck | TileCheck | OwnCheck, device: str) -> Row:
     """Runs one check; what it finds wrong, or raises, is the result's "error"."""
     began = time.perf_counter()
     try:
@@ -204,8 +220,10 @@ def run_check(task: FeatureCheck | TileCheck, device: str) -> dict[str, Any]:
             result = _run_feature(task, device)
         elif isinstance(task, ConfigCheck):
             result = run_config(task, torch.device(device))
-        else:
+        elif isinstance(task, GradientCheck):
             result = run_gradients(task, torch.device(device))
+        else:
+            result = task.run(torch.device(device))
     except Exception as error:
         result = {"error": describe_error(error)}
     return {**result, "seconds": round(time.perf_counter() - began, 3)}
@@ -217,13 +235,20 @@ def describe_error(error: BaseException) -> str:
     return text if len(text) <= 1000 else text[:1000] + " ..."
 
 
-def _run_feature(task: FeatureCheck, device: str) -> dict[str, Any]:
+def _run_feature(task: FeatureCheck, device: str) -> Row:
+    from fastattn.testing.cache_features import CACHE_FEATURES
     from fastattn.testing.features import FEATURES
     from fastattn.testing.verify import verify
 
-    feature = next(feature for feature in FEATURES if feature.name == task.name)
+    rows: tuple[Any, ...] = (*FEATURES, *CACHE_FEATURES)
+    feature = next(feature for feature in rows if feature.name == task.name)
     (result,) = verify(device, [task.dtype], [feature], grad=True)
-    row: dict[str, Any] = {}
+    return describe_result(result)
+
+
+def describe_result(result: Any) -> Row:
+    """What a row keeps of a `fastattn.testing.verify.Result`, the error of a failed one too."""
+    row: Row = {}
     if result.parts:
         row["error_ratio"] = max(part.ratio for part in result.parts.values())
         row["max_error"] = max(part.max_error for part in result.parts.values())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from benchmarks import cases
+from benchmarks import cases, decode_cases
 from benchmarks.cases import Case
+from benchmarks.decode_cases import DecodeCase
+from benchmarks.decode_checks import decode_checks, empty_checks
 from benchmarks.parity import (
-    FeatureCheck,
-    TileCheck,
     dispatch_checks,
     feature_checks,
     gradient_checks,
@@ -18,13 +19,20 @@ from benchmarks.parity import (
 # Seconds by stage, in order; what one leaves over goes to those after it. Together they are what a
 # whole run may take; it is cut short, and says so, on a machine too slow for that.
 BUDGETS = {
-    "parity": 205.0,
-    "ceilings": 10.0,
-    "forward": 75.0,
-    "backward": 90.0,
-    "overhead": 8.0,
-    "features": 27.0,
-    "sweep": 105.0,
+    "parity": 206.0,
+    "ceilings": 8.0,
+    "forward": 50.0,
+    "backward": 60.0,
+    "decode": 72.0,
+    "overhead": 6.0,
+    "features": 13.0,
+    "sweep": 47.0,
+    "decode-sweep": 58.0,
+}
+# What a run may be about: its stages, and its checks with them.
+SUBJECTS = {
+    "attention": [name for name in BUDGETS if not name.startswith("decode")],
+    "decode": ["parity", "ceilings", "decode", "decode-sweep"],
 }
 TOTAL_SECONDS = sum(BUDGETS.values())
 OVERHEAD_CASE = Case(1, 128, 4, 4, 64)
@@ -37,7 +45,7 @@ class Plan:
     Attributes:
         stages: names, in the order of BUDGETS.
         checks: the parity stage's tasks.
-        forward, backward, features, sweep: cases of these stages.
+        forward, backward, decode, features, sweep, decode_sweep: cases of these stages.
         copy_bytes, matmul_size: of the ceilings.
         overhead: the case whose calls are timed on the host.
         workers: processes that check; 0 checks in this one.
@@ -45,11 +53,13 @@ class Plan:
     """
 
     stages: Sequence[str] = tuple(BUDGETS)
-    checks: Sequence[FeatureCheck | TileCheck] = ()
+    checks: Sequence[Any] = ()
     forward: Sequence[Case] = ()
     backward: Sequence[Case] = ()
+    decode: Sequence[DecodeCase] = ()
     features: Sequence[Case] = ()
     sweep: Sequence[Case] = ()
+    decode_sweep: Sequence[DecodeCase] = ()
     copy_bytes: int = 2**31
     matmul_size: int = 8192
     overhead: Case = OVERHEAD_CASE
@@ -58,29 +68,51 @@ class Plan:
 
 
 def make_plan(
-    chip: str, stages: Sequence[str], total_seconds: float, *, quick: bool, workers: int
+    chip: str,
+    stages: Sequence[str],
+    total_seconds: float,
+    *,
+    quick: bool,
+    workers: int,
+    subjects: Sequence[str] = tuple(SUBJECTS),
 ) -> Plan:
-    """The plan for a GPU; `quick` takes bf16 and the most telling shapes only."""
+    """The plan for a GPU; `quick` takes bf16 and the most telling shapes only.
+
+    `subjects` are keys of SUBJECTS: stages and checks of the others are left out.
+    """
     dtypes = ("bf16",) if quick else ("bf16", "fp16", "fp32")
+    wanted = {name for subject in subjects for name in SUBJECTS[subject]}
+    # What is timed first: a dtype at a time, its configs before its features.
+    checks = [check for dtype in dtypes for check in _checks(chip, dtype, subjects)]
+    decode = decode_cases.decode_cases(quick)
+    if "decode" in subjects and "decode" in stages:
+        # Behind bf16's checks, of which they are: they compile what the stage is going to time.
+        first = sum(check.dtype == dtypes[0] for check in checks)
+        checks[first:first] = empty_checks(decode)
     return Plan(
-        stages=[name for name in BUDGETS if name in stages],
-        # What is timed first: a dtype at a time, its tiles before its features.
-        checks=[check for dtype in dtypes for check in _checks(chip, dtype)],
+        stages=[name for name in BUDGETS if name in stages and name in wanted],
+        checks=checks,
         forward=cases.forward_cases(quick),
         backward=cases.backward_cases(quick),
+        decode=decode,
         features=cases.feature_cases(quick),
         sweep=cases.sweep_cases(quick),
+        decode_sweep=decode_cases.decode_sweep_cases(quick),
         workers=workers,
         total_seconds=total_seconds,
     )
 
 
-def _checks(chip: str, dtype: str) -> list[FeatureCheck | TileCheck]:
-    return [
-        *dispatch_checks(chip, [dtype]),
-        *gradient_checks(chip, [dtype]),
-        *feature_checks([dtype]),
-    ]
+def _checks(chip: str, dtype: str, subjects: Sequence[str]) -> list[Any]:
+    checks: list[Any] = []
+    if "attention" in subjects:
+        checks += dispatch_checks(chip, [dtype])
+        checks += gradient_checks(chip, [dtype])
+    if "decode" in subjects:
+        checks += decode_checks(chip, dtype)
+    if "attention" in subjects:
+        checks += feature_checks([dtype])
+    return checks
 
 
 def stage_seconds(stage: str, stages: Sequence[str], remaining: float) -> float:

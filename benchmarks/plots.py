@@ -3,6 +3,7 @@
 Writes, beside the file or into `--folder`:
     <name>-forward.png   sequence length against TFLOP/s, a line a provider, 20th to 80th percentile
     <name>-backward.png  the same for forward and backward together
+    <name>-decode.png    tokens in the cache against time of a step, a panel a batch and layout
     <name>-sweep.png     TFLOP/s of every tile of the sweep, today's tile marked
 """
 
@@ -82,14 +83,7 @@ def draw_speeds(document: Row, stage: str, what: str) -> Any:
 
 
 def _draw_line(axis: Any, name: str, rows: list[Row], peers: list[str]) -> None:
-    style: Row = {"color": "black", "linewidth": 2.5, "zorder": 3, "marker": "o"}
-    if name in peers:
-        place = peers.index(name)
-        style = {
-            "color": _COLORS[place % len(_COLORS)],
-            "linewidth": 1.5,
-            "marker": _MARKERS[place % len(_MARKERS)],
-        }
+    style = _style(name, peers)
     x = [row["case"]["seqlen"] for row in rows]
     axis.plot(x, [row["tflops"] for row in rows], label=name, markersize=5, **style)
     # Long times are low rates: the 80th percentile of time is the lower edge.
@@ -97,6 +91,62 @@ def _draw_line(axis: Any, name: str, rows: list[Row], peers: list[str]) -> None:
         [row["case"]["flops"] / row[key] / 1e9 for row in rows] for key in ("ms_p80", "ms_p20")
     )
     axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _style(name: str, peers: list[str]) -> Row:
+    """Of a line and its markers."""
+    if name not in peers:
+        return {"color": "black", "linewidth": 2.5, "zorder": 3, "marker": "o"}
+    place = peers.index(name)
+    return {
+        "color": _COLORS[place % len(_COLORS)],
+        "linewidth": 1.5,
+        "marker": _MARKERS[place % len(_MARKERS)],
+    }
+
+
+def draw_decode(document: Row) -> Any:
+    """A figure with a panel a batch and layout, or None where there is nothing to draw.
+
+    The dashed line is what the copy's rate would take for the keys and values.
+    """
+    found: dict[tuple[int, int], list[Row]] = {}
+    for row in document["rows"]:
+        if row["stage"] == "decode" and "ms" in row:
+            case = row["case"]
+            if case["seqlen_q"] == 1 and not case["stored"]:
+                found.setdefault((case["block_size"], case["batch"]), []).append(row)
+    if not found:
+        return None
+    figure, axes = _grid(len(found), document, "one step of decoding over a cache")
+    names = dict.fromkeys(row["provider"] for rows in found.values() for row in rows)
+    peers = [name for name in names if not name.startswith("fastattn")]
+    rate = document["ceilings"].get("copy_gb_per_s")
+    for axis, ((_, batch), rows) in zip(axes, sorted(found.items()), strict=True):
+        by_length = {row["case"]["length"]: row["case"]["bytes"] for row in rows}
+        lengths = sorted(by_length)
+        for name in names:
+            own = sorted(
+                (row for row in rows if row["provider"] == name),
+                key=lambda row: row["case"]["length"],
+            )
+            if not own:
+                continue
+            x, style = [row["case"]["length"] for row in own], _style(name, peers)
+            axis.plot(x, [row["ms"] * 1e3 for row in own], label=name, markersize=5, **style)
+            low, high = ([row[key] * 1e3 for row in own] for key in ("ms_p20", "ms_p80"))
+            axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        if rate:
+            floor = [by_length[length] / rate / 1e3 for length in lengths]
+            axis.plot(lengths, floor, color="0.6", linestyle="--", linewidth=1, label="copy")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(lengths, [_thousands(length) for length in lengths])
+        axis.set_title(f"{rows[0]['case']['layout']}, batch {batch}")
+        axis.set_xlabel("tokens in the cache")
+        axis.set_ylabel("microseconds")
+    _legend(figure, axes)
+    return figure
 
 
 def draw_sweep(document: Row) -> Any:
@@ -139,6 +189,7 @@ FIGURES: dict[str, Callable[[Row], Any]] = {
     "backward": lambda document: draw_speeds(
         document, "backward", "attention forward + backward (FLOPs: 3.5x forward's)"
     ),
+    "decode": draw_decode,
     "sweep": draw_sweep,
 }
 

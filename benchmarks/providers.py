@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import Case, Inputs
+from benchmarks.decode_cases import DecodeCase
 from fastattn import attention
 from fastattn.version import __version__
 
+SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 # Scores that SDPA's MATH backend may hold in memory: 2**31 of them are 4 GiB in bf16, and it keeps
 # a few such tensors at a time, some in float32; more where they are saved for the backward pass.
 MATH_SCORES = {"forward": 2**31, "training": 2**29}
@@ -31,22 +33,24 @@ class Provider:
 
     Attributes:
         name: how rows call it.
-        prepare: from a case's inputs to the function that is timed; it returns the output
-            (batch, seqlen, num_heads, head_dim).
+        prepare: from the inputs of a case, a `Case` or a `DecodeCase`, to the function that is
+            timed; it returns the output (batch, seqlen, num_heads, head_dim).
         version: of the library.
         absent: why it cannot run here at all; "" if it can.
         skip: why it does not run a case; "" if it does.
         trains: whether it has a backward pass.
+        note: fields that a row keeps of how a case is run.
     """
 
     name: str
-    prepare: Callable[[Inputs], Callable[[], Tensor]]
+    prepare: Callable[[Any], Callable[[], Any]]
     version: str = ""
     absent: str = ""
-    skip: Callable[[Case], str] = lambda case: ""
+    skip: Callable[[Any], str] = lambda case: ""
     trains: bool = True
+    note: Callable[[Any], dict[str, Any]] = lambda inputs: {}
 
-    def reason_to_skip(self, case: Case) -> str:
+    def reason_to_skip(self, case: Case | DecodeCase) -> str:
         """Why it has no time for a case; "" if it is to have one."""
         if self.absent:
             return self.absent
@@ -62,10 +66,9 @@ class Provider:
 
 def find_providers() -> list[Provider]:
     """Everyone, installed or not; fastattn first."""
-    backends = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
     return [
         fastattn_provider(),
-        *(sdpa_provider(backend) for backend in backends),
+        *(sdpa_provider(backend) for backend in SDPA_BACKENDS),
         _flash_attn("flash-attn 2", "flash_attn"),
         _flash_attn("flash-attn 3", "flash_attn_interface"),
         replace(_flash_attn("fa3-fwd", "fa3_fwd_interface"), trains=False),
@@ -135,7 +138,7 @@ def explained(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def _find(module: str) -> tuple[Any, str, str]:
+def find_module(module: str) -> tuple[Any, str, str]:
     """A module, its version, and why it is absent."""
     try:
         found = importlib.import_module(module)
@@ -162,7 +165,7 @@ def only_plain(case: Case) -> str:
 
 def _flash_attn(name: str, module: str) -> Provider:
     """flash-attn 2 and 3: `flash_attn_func` on our layout."""
-    library, version, absent = _find(module)
+    library, version, absent = find_module(module)
 
     def prepare(inputs: Inputs) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -177,7 +180,7 @@ def _flash_attn(name: str, module: str) -> Provider:
 
 def _flashinfer() -> Provider:
     """FlashInfer's batch prefill: sequences laid end to end, planned before the clock starts."""
-    library, version, absent = _find("flashinfer")
+    library, version, absent = find_module("flashinfer")
 
     def prepare(inputs: Inputs) -> Callable[[], Tensor]:
         case, q = inputs.case, inputs.q

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.decode_report import best_configs, decode_tables
 from benchmarks.parity import show_config
+from benchmarks.tables import RATIO, Row, Table, is_text, show_number
 
-Row = dict[str, Any]
-RATIO = "vs best peer"
 # Stages with a table of speeds, and what they time.
 _SPEEDS = {"forward": "", "backward": "forward + backward, 3.5x forward's FLOPs, ", "features": ""}
 
@@ -32,33 +31,6 @@ def show_row(row: Row) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Table:
-    """A title, names of columns, and cells as text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def __str__(self) -> str:
-        lines = [list(self.columns), *map(list, self.rows)]
-        widths = [max(len(line[place]) for line in lines) for place in range(len(self.columns))]
-        text = [
-            "  ".join(
-                cell.ljust(width) if _is_text(place, name) else cell.rjust(width)
-                for place, (cell, width, name) in enumerate(
-                    zip(line, widths, self.columns, strict=True)
-                )
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join([self.title, text[0], "-" * len(text[0]), *text[1:]])
-
-
-def _is_text(place: int, name: str) -> bool:
-    return place == 0 or name in ("who", "what", "error")
-
-
 def tables(document: Row) -> list[Table]:
     """All tables of a document that have rows."""
     rows = document["rows"]
@@ -66,9 +38,12 @@ def tables(document: Row) -> list[Table]:
         _checks(rows),
         *_speeds(rows),
         _backward_alone(rows),
-        _targets(document["summary"].get("targets", [])),
+        *decode_tables(rows),
+        _targets("training", document["summary"].get("targets", [])),
+        _targets("decoding", document["summary"].get("decode_targets", [])),
         _overhead(rows),
         _best_tiles(document["summary"].get("best_tiles", [])),
+        best_configs(document["summary"].get("best_configs", [])),
         _errors(rows),
         _stages(document["stages"]),
     ]
@@ -101,8 +76,8 @@ def _speeds(rows: Iterable[Row]) -> Iterable[Table]:
                 [
                     label,
                     *(_speed(by_case[label].get(name)) for name in names),
-                    _number(own.get("percent_of_ceiling"), "{:.0f}%"),
-                    _number(own.get("ratio_to_best_peer"), "{:.2f}x"),
+                    show_number(own.get("percent_of_ceiling"), "{:.0f}%"),
+                    show_number(own.get("ratio_to_best_peer"), "{:.2f}x"),
                 ]
             )
         title = f"{stage}: {what}TFLOP/s (batch x seqlen, heads x head_dim)"
@@ -122,24 +97,28 @@ def _backward_alone(rows: Iterable[Row]) -> Table:
         best = sorted(peers, key=lambda row: row["ms"])[:1]
         for row in own + best:
             times = [f"{row[name]:.3f}" for name in ("forward_ms", "backward_ms", "ms")]
-            speed = _number(row.get("backward_tflops"), "{:.0f}")
+            speed = show_number(row.get("backward_tflops"), "{:.0f}")
             cells.append([label, row["provider"], *times, speed])
     columns = ["case", "who", "forward ms", "backward ms", "both ms", "backward TFLOP/s"]
     return Table("Forward and backward apart: fastattn and the best peer", columns, cells)
 
 
-def _targets(found: Iterable[Row]) -> Table:
+def _targets(subject: str, found: Iterable[Row]) -> Table:
     cells = []
     for target in found:
+        # The nearest to its bound first: of many shapes it is what matters.
+        shown = sorted(target["measured"], key=lambda shape: target["measured"][shape])
+        if subject == "training":
+            shown = list(target["measured"])
         measured = [
-            f"{shape}: {ratio:.2f}x {target['peers'][shape]}"
-            for shape, ratio in target["measured"].items()
+            f"{shape}: {target['measured'][shape]:.2f}x {target['peers'][shape]}" for shape in shown
         ]
-        shapes = [shape for shape in target["missing"] if "," not in shape]
+        shapes = [name for name in target["missing"] if "," not in name or subject == "decoding"]
         measured += [f"{shape}: {target['missing'][shape]}" for shape in shapes]
         verdict = {True: "met", False: "NOT met", None: "not measured"}[target["met"]]
         cells.append([target["target"], verdict, ", ".join(measured)])
-    return Table("Targets of training, from this run's rows", ["target", "verdict", "what"], cells)
+    title = f"Targets of {subject}, from this run's rows"
+    return Table(title, ["target", "verdict", "what"], cells)
 
 
 def _order(rows: dict[str, Row]) -> tuple[Any, ...]:
@@ -155,16 +134,12 @@ def _speed(row: Row | None) -> str:
     return f"{row['tflops']:.0f}" if "tflops" in row else "-"
 
 
-def _number(value: Any, form: str) -> str:
-    return form.format(value) if isinstance(value, (int, float)) else ""
-
-
 def _overhead(rows: Iterable[Row]) -> Table:
     cells = [
         [
             row["provider"],
-            _number(row["ms"] * 1e3, "{:.1f}"),
-            _number(row["ms_p80"] * 1e3, "{:.1f}"),
+            show_number(row["ms"] * 1e3, "{:.1f}"),
+            show_number(row["ms_p80"] * 1e3, "{:.1f}"),
         ]
         for row in rows
         if row["stage"] == "overhead" and "ms" in row
@@ -177,7 +152,7 @@ def _best_tiles(found: Iterable[Row]) -> Table:
     for best in found:
         speeds = []
         for seqlen, speed in best["tflops"].items():
-            today = _number(best["current_tflops"].get(seqlen), "{:.0f}") or "-"
+            today = show_number(best["current_tflops"].get(seqlen), "{:.0f}") or "-"
             speeds.append(f"N={seqlen}: {speed:.0f}/{today}")
         current = best["current_tile"]
         cells.append(
@@ -186,7 +161,7 @@ def _best_tiles(found: Iterable[Row]) -> Table:
                 + (" causal" if best["causal"] else ""),
                 show_config(best["tile"]),
                 show_config(current) if current else "none",
-                _number(best["speedup_over_current"], "{:.3f}x"),
+                show_number(best["speedup_over_current"], "{:.3f}x"),
                 ", ".join(speeds),
             ]
         )
@@ -211,8 +186,8 @@ def _stages(stages: dict[str, Row]) -> Table:
         [
             name,
             stage["status"],
-            _number(stage.get("seconds"), "{:.0f}"),
-            _number(stage["budget_seconds"], "{:.0f}"),
+            show_number(stage.get("seconds"), "{:.0f}"),
+            show_number(stage["budget_seconds"], "{:.0f}"),
             str(stage.get("not_reached", "")),
         ]
         for name, stage in stages.items()
@@ -238,7 +213,7 @@ def print_tables(found: Iterable[Table], *, plain: bool = False) -> None:
     for table in found:
         shown = RichTable(title=table.title, title_justify="left")
         for place, name in enumerate(table.columns):
-            left = _is_text(place, name)
+            left = is_text(place, name)
             shown.add_column(name, justify="left" if left else "right", overflow="fold")
         for cells in table.rows:
             shown.add_row(

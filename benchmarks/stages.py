@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import decode_sweep as configs
 from benchmarks.accuracy import Oracle
 from benchmarks.cases import Case, make_inputs
+from benchmarks.decode_accuracy import DecodeChecker
+from benchmarks.decode_cases import DecodeCase, make_decode_inputs
 from benchmarks.measure import (
     Checker,
     DeviceLost,
@@ -23,7 +26,15 @@ from benchmarks.measure import (
     timing_fields,
     who_and_what,
 )
-from benchmarks.parity import ConfigCheck, FeatureCheck, TileCheck, describe_error, run_check
+from benchmarks.parity import (
+    ConfigCheck,
+    FeatureCheck,
+    GradientCheck,
+    OwnCheck,
+    TileCheck,
+    describe_error,
+    run_check,
+)
 from benchmarks.plan import Plan, stage_seconds
 from benchmarks.pool import PoolUnavailable, device_works, run_here, run_tasks
 from benchmarks.progress import Progress
@@ -31,15 +42,23 @@ from benchmarks.providers import Provider, fastattn_provider
 from benchmarks.report import first_line, show_row
 from benchmarks.results import Results
 from benchmarks.sweep import best_tiles, candidate_checks, candidates, check_of, tile_provider
-from benchmarks.targets import evaluate
+from benchmarks.targets import evaluate, evaluate_decoding
 from benchmarks.timing import Run, Timer, input_sets
 
-_CHECK_SHARE = 0.6  # of the sweep's time may go to compiling and checking its tiles
+_CHECK_SHARE = 0.6  # of a sweep's time may go to compiling and checking what it times
+_MEMORY_SHARE = 0.8  # of the free memory may go to the inputs of a decoding step
 
 
 @dataclass
 class Bench:
-    """All that a stage needs."""
+    """All that a stage needs.
+
+    Attributes:
+        timer: of calls on the device; `host_timer` of the host's share.
+        decode_timer, sweep_timer: of decoding steps, and of their configs, which are many; `timer`
+            where there is none.
+        providers, decode_providers: who is measured.
+    """
 
     plan: Plan
     device: torch.device
@@ -49,6 +68,9 @@ class Bench:
     providers: Sequence[Provider]
     results: Results
     progress: Progress
+    decode_timer: Timer | None = None
+    sweep_timer: Timer | None = None
+    decode_providers: Sequence[Provider] = ()
     deadline: float = 0.0
     not_reached: int = 0
     failures: list[str] = field(default_factory=list)
@@ -100,14 +122,16 @@ def run_checks(
     bench.not_reached += run_here(rest, check, bench.deadline, note)
 
 
-def _kind(task: FeatureCheck | TileCheck) -> str:
+def _kind(task: FeatureCheck | TileCheck | OwnCheck) -> str:
     if isinstance(task, FeatureCheck):
         return "feature"
-    return "tile" if isinstance(task, ConfigCheck) else "backward tiles"
+    if isinstance(task, ConfigCheck):
+        return "tile"
+    return "backward tiles" if isinstance(task, GradientCheck) else task.kind
 
 
 def parity(bench: Bench) -> None:
-    """Every feature in every dtype, and every tile that dispatch may choose here; gradients too."""
+    """Every feature in every dtype, and every config that dispatch may choose here."""
 
     def note(task: Any, row: Row) -> None:
         if not row["passed"]:
@@ -146,12 +170,27 @@ def features(bench: Bench) -> None:
     measure_cases(bench, "features", bench.plan.features)
 
 
+def decode(bench: Bench) -> None:
+    """Steps of decoding, by graph replay and between events."""
+
+    def note() -> None:
+        found = evaluate_decoding(bench.results.rows)
+        bench.results.document["summary"]["decode_targets"] = found
+
+    note()
+    measure_cases(bench, "decode", bench.plan.decode, note)
+
+
 def measure_cases(
-    bench: Bench, stage: str, cases: Sequence[Case], after_case: Callable[[], None] = lambda: None
+    bench: Bench,
+    stage: str,
+    cases: Sequence[Case | DecodeCase],
+    after_case: Callable[[], None] = lambda: None,
 ) -> None:
     """Each case by each provider. Absent providers are listed in the file's head, not in rows."""
+    providers = bench.decode_providers if stage == "decode" else bench.providers
     present: list[tuple[Provider, Row]] = [
-        (provider, {}) for provider in bench.providers if not provider.absent
+        (provider, {}) for provider in providers if not provider.absent
     ]
     for index, case in enumerate(cases):
         if bench.is_late(len(present) * (len(cases) - index)):
@@ -166,28 +205,61 @@ def measure_cases(
 
 
 def measure_case(
-    bench: Bench, head: Row, case: Case, providers: Sequence[tuple[Provider, Row]]
+    bench: Bench,
+    head: Row,
+    case: Case | DecodeCase,
+    providers: Sequence[tuple[Provider, Row]],
+    timer: Timer | None = None,
 ) -> list[Row]:
     """Rows of one case, as many as there is time for; each provider brings fields of its own."""
+    if isinstance(case, DecodeCase):
+        timer = timer or bench.decode_timer
+    timer = timer or bench.timer
     try:
-        sets = input_sets(case.bytes, getattr(bench.timer, "cache_bytes", 0))
-        inputs = [make_inputs(case, bench.device, seed) for seed in range(sets)]
-        checker = Checker(inputs[0])
+        inputs, checker = _prepare(bench, case, timer)
     except Exception as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            torch.cuda.empty_cache()
         row = {**head, "provider": "inputs", "case": case.to_dict()}
-        bench.results.add({**row, "error": describe_error(error)})
+        key = "skipped" if isinstance(error, TooLarge) else "error"
+        bench.progress.line(show_row(bench.results.add({**row, key: describe_error(error)})))
         if not device_works():
             raise
-        bench.not_reached += len(providers)
+        bench.not_reached += 0 if key == "skipped" else len(providers)
         return []
     rows: list[Row] = []
     for index, (provider, own) in enumerate(providers):
         if bench.is_late(len(providers) - index):
             break
-        row = measure({**head, **own}, provider, inputs, checker, bench.timer, bench.ceilings)
+        row = measure({**head, **own}, provider, inputs, checker, timer, bench.ceilings)
         rows.append(bench.results.add(row))
         bench.progress.line(show_row(rows[-1]))
     return rows
+
+
+class TooLarge(Exception):
+    """A case whose inputs do not fit into the memory that is free."""
+
+
+def _prepare(
+    bench: Bench, case: Case | DecodeCase, timer: Timer
+) -> tuple[list[Any], Checker | DecodeChecker]:
+    """A case's inputs, as many sets as are to be rotated among, and its check.
+
+    Raises:
+        TooLarge: a decoding step does not fit.
+    """
+    sets = input_sets(case.bytes, getattr(timer, "cache_bytes", 0))
+    if not isinstance(case, DecodeCase):
+        inputs = [make_inputs(case, bench.device, seed) for seed in range(sets)]
+        return inputs, Checker(inputs[0])
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()  # what other shapes left does not serve for these
+        needed, free = case.memory_bytes * sets, torch.cuda.mem_get_info(bench.device)[0]
+        if needed > _MEMORY_SHARE * free:
+            raise TooLarge(f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+    steps = [make_decode_inputs(case, bench.device, seed) for seed in range(sets)]
+    return steps, DecodeChecker(steps[0])
 
 
 def overhead(bench: Bench) -> None:
@@ -222,20 +294,28 @@ def overhead(bench: Bench) -> None:
     bench.results.save()
 
 
-def sweep(bench: Bench) -> None:
-    """Each tile on each shape: checked in a worker, checked again on the shape, then timed."""
-    wrong: dict[TileCheck, str] = {}
+def _check_first(bench: Bench, stage: str, checks: Sequence[Any]) -> dict[Any, str]:
+    """Runs a sweep's checks in a share of its time; returns the errors of those that failed.
+
+    What was not reached is compiled when it is timed, and checked there anyway.
+    """
+    wrong: dict[Any, str] = {}
 
     def note(task: Any, row: Row) -> None:
         if not row["passed"]:
             wrong[task] = row["error"]
 
-    cases = bench.plan.sweep
     end, now = bench.deadline, time.monotonic()
     bench.deadline = now + _CHECK_SHARE * (end - now)
-    run_checks(bench, "sweep", candidate_checks(bench.chip, cases), note)
-    # A tile that was not reached is compiled when it is timed, and checked there anyway.
+    run_checks(bench, stage, checks, note)
     bench.deadline, bench.not_reached = end, 0
+    return wrong
+
+
+def sweep(bench: Bench) -> None:
+    """Each tile on each shape: checked in a worker, checked again on the shape, then timed."""
+    cases = bench.plan.sweep
+    wrong = _check_first(bench, "sweep", candidate_checks(bench.chip, cases))
     for index, case in enumerate(cases):
         if bench.is_late(sum(len(candidates(bench.chip, rest)) for rest in cases[index:])):
             return
@@ -251,6 +331,41 @@ def sweep(bench: Bench) -> None:
         measure_case(bench, {"stage": "sweep"}, case, providers)
         found = best_tiles(row for row in bench.results.rows if "tile" in row)
         bench.results.document["summary"]["best_tiles"] = found
+        bench.results.save()
+
+
+def decode_sweep(bench: Bench) -> None:
+    """Each config on each decoding step, then the best tile with the best splits together."""
+    cases = bench.plan.decode_sweep
+    swept = {case: configs.candidates(case, bench.device) for case in cases}
+    checks = [
+        check
+        for case in cases
+        for config in swept[case]
+        for check in configs.checks_of(case, config)
+    ]
+    wrong = _check_first(bench, configs.STAGE, list(dict.fromkeys(checks)))
+    head = {"stage": configs.STAGE, "chip": bench.chip}
+    for index, case in enumerate(cases):
+        if bench.is_late(sum(len(swept[rest]) for rest in cases[index:])):
+            return
+        providers = []
+        for place, config in enumerate(swept[case]):
+            provider, own = configs.config_provider(config), configs.config_fields(config)
+            own["current"] = place == 0
+            errors = [wrong[check] for check in configs.checks_of(case, config) if check in wrong]
+            if errors:
+                row = {**head, **own, **who_and_what(provider, case), "error": errors[0]}
+                bench.results.add(row)
+            else:
+                providers.append((provider, own))
+        rows = measure_case(bench, head, case, providers, bench.sweep_timer)
+        if len(rows) == len(providers) and (joint := configs.joint_config(rows)):
+            own = {**configs.config_fields(joint), "current": False}
+            measure_case(
+                bench, head, case, [(configs.config_provider(joint), own)], bench.sweep_timer
+            )
+        bench.results.document["summary"]["best_configs"] = configs.best_configs(bench.results.rows)
         bench.results.save()
 
 
@@ -303,7 +418,9 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "ceilings": ceilings,
     "forward": forward,
     "backward": backward,
+    "decode": decode,
     "overhead": overhead,
     "features": features,
     "sweep": sweep,
+    configs.STAGE: decode_sweep,
 }

@@ -1,4 +1,4 @@
-"""Which targets of training were met: said from rows that were timed, and from nothing else."""
+"""Which targets were met: said from rows that were timed, and from nothing else."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ OURS = "fastattn"
 FLASH = "SDPA FLASH"  # torch's FlashAttention-2
 
 
+# Of decoding: the part of the copy's rate for caches that are larger than this.
+COPY_SHARE = 0.85
+LARGE_CACHE_BYTES = 100e6
+
+
 def evaluate(rows: Iterable[Row]) -> list[Row]:
-    """The targets, each with what was measured for it.
+    """The targets of training, each with what was measured for it.
 
     Returns:
         For each target: "target", in words; "required", how many times faster than the peer;
@@ -100,3 +105,98 @@ def _judge(
         "peers": names,
         "missing": missing,
     }
+
+
+def evaluate_decoding(rows: Iterable[Row]) -> list[Row]:
+    """The targets of decoding, in the form of `evaluate`, by case.
+
+    One query row and caches in 16 bits. Nothing that SDPA reads is paged: there its time is that of
+    the contiguous cache of the same size.
+    """
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["stage"] == "decode" and "case" in row:
+            cases.setdefault(row["case"]["label"], {})[row["provider"]] = row
+    matrix = {label: own for label, own in cases.items() if _in_matrix(own)}
+    large = {label: own for label, own in matrix.items() if _case(own)["bytes"] > LARGE_CACHE_BYTES}
+    targets = [_judge_bandwidth(large)]
+    for paged in (False, True):
+        own = {name: x for name, x in matrix.items() if bool(_case(x)["block_size"]) == paged}
+        targets.append(_judge_peers(own, matrix, "paged" if paged else "contiguous"))
+    return targets
+
+
+def _case(rows: dict[str, Row]) -> Row:
+    return next(iter(rows.values()))["case"]
+
+
+def _in_matrix(rows: dict[str, Row]) -> bool:
+    case = _case(rows)
+    return case["seqlen_q"] == 1 and not case["stored"]
+
+
+def _judge_bandwidth(cases: dict[str, dict[str, Row]]) -> Row:
+    measured: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for label, rows in cases.items():
+        own = rows.get(OURS, {})
+        if "percent_of_copy" in own:
+            measured[label] = own["percent_of_copy"] / 100
+        else:
+            missing[label] = _reason(rows, "the copy was not measured")
+    failed = any("error" in rows.get(OURS, {}) for rows in cases.values())
+    target = "decoding from a cache of over 100 MB: 85% of the copy's rate"
+    enough = [share >= COPY_SHARE for share in measured.values()]
+    return {
+        "target": target,
+        "required": COPY_SHARE,
+        "met": False if failed else all(enough) if enough else None,
+        "measured": measured,
+        "peers": dict.fromkeys(measured, "copy"),
+        "missing": missing,
+    }
+
+
+def _judge_peers(
+    cases: dict[str, dict[str, Row]], matrix: dict[str, dict[str, Row]], layout: str
+) -> Row:
+    measured: dict[str, float] = {}
+    names: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    for label, rows in cases.items():
+        own, peers = rows.get(OURS, {}), dict(rows)
+        if layout == "paged":
+            size = (_case(rows)["batch"], _case(rows)["length"])
+            for other in matrix.values():
+                case = _case(other)
+                if (case["batch"], case["length"]) == size and not case["block_size"]:
+                    peers |= {name: x for name, x in other.items() if name.startswith("SDPA")}
+        timed = {
+            name: row["ms"]
+            for name, row in peers.items()
+            if "ms" in row and not name.startswith(OURS)
+        }
+        if "ms" not in own:
+            missing[label] = _reason(rows, "fastattn has no time")
+        elif not timed:
+            missing[label] = "no peer has a time"
+        else:
+            names[label] = min(timed, key=lambda name: timed[name])
+            measured[label] = timed[names[label]] / own["ms"]
+    failed = any("error" in rows.get(OURS, {}) for rows in cases.values())
+    level = [ratio >= 1.0 for ratio in measured.values()]
+    return {
+        "target": f"decoding, {layout}: never slower than SDPA, FlashInfer or flash-attn",
+        "required": 1.0,
+        "met": False if failed else all(level) if level else None,
+        "measured": measured,
+        "peers": names,
+        "missing": missing,
+    }
+
+
+def _reason(rows: dict[str, Row], otherwise: str) -> str:
+    """Why fastattn has no figure for a case."""
+    if "inputs" in rows:
+        return rows["inputs"].get("skipped") or rows["inputs"]["error"]
+    return "fastattn failed" if "error" in rows.get(OURS, {}) else otherwise

@@ -15,8 +15,9 @@ from benchmarks import cases, gpu, plan
 from benchmarks import results as results_file
 from benchmarks.accuracy import Oracle
 from benchmarks.cases import Case, make_inputs
+from benchmarks.decode_checks import DecodeCheck
 from benchmarks.providers import sdpa_provider
-from benchmarks.timing import CudaTimer, HostTimer, input_sets, percentile, summarize
+from benchmarks.timing import CudaTimer, HostTimer, TwoTimers, input_sets, percentile, summarize
 from fastattn import attention
 
 CPU = torch.device("cpu")
@@ -167,6 +168,25 @@ def test_cuda_timer_replays_a_graph_of_a_short_kernel(monkeypatch: pytest.Monkey
     assert cuda.replays > timing.repetitions
 
 
+def test_cuda_timer_takes_the_method_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    timing = CudaTimer(method="events")([cuda.kernel(0.010)])
+    assert timing.median_ms == pytest.approx(0.010) and timing.method == "events, cold L2"
+    timing = CudaTimer(method="graph")([cuda.kernel(9.0)])
+    # Not ten calls of what takes long.
+    assert timing.median_ms == pytest.approx(9.0) and "graph of 1 calls" in timing.method
+    with pytest.raises(ValueError, match="method must be"):
+        CudaTimer(method="clock")
+
+
+def test_decoding_is_timed_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    timer = TwoTimers(CudaTimer(method="graph"), CudaTimer(method="events"))
+    assert timer.cache_bytes == 1 << 20
+    assert "graph" in timer([cuda.kernel(0.3)]).method
+    assert "events" in timer.events([cuda.kernel(0.3)]).method
+
+
 def test_cuda_timer_says_when_a_graph_was_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
 
@@ -207,6 +227,14 @@ def test_plan_and_files_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {check.dtype for check in bench.plan.checks} == {"bf16", "fp16", "fp32"}
     assert len(bench.plan.forward) == 24 and len(bench.plan.sweep) == 36
     assert len(bench.plan.backward) == 29
+    assert len(bench.plan.decode) == 63 and len(bench.plan.decode_sweep) == 9
+    assert bench.decode_timer.graph.method == "graph"
+    assert bench.decode_timer.events.method == "events"
+    kinds = {type(check).__name__ for check in bench.plan.checks}
+    assert {"DecodeCheck", "GraphCheck", "InvarianceCheck", "EmptyCheck"} <= kinds
+    assert len(bench.plan.checks) == len(set(bench.plan.checks))
+    names = [provider.name for provider in bench.decode_providers]
+    assert names[:2] == ["fastattn", "SDPA FLASH"] and "FlashInfer" in names
     names = [provider.name for provider in bench.providers]
     assert names[:5] == ["fastattn", "SDPA FLASH", "SDPA CUDNN", "SDPA EFFICIENT", "SDPA MATH"]
     assert json.loads(path.read_text())["environment"]["chip"] == "sm_90"
@@ -215,3 +243,12 @@ def test_plan_and_files_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert quick.plan.stages == ["ceilings", "sweep"] and len(quick.plan.sweep) == 12
     assert quick.plan.workers >= 1
+    decode = gpu.make_bench(gpu.parse(["--only", "decode", "--output", str(path)]))
+    assert decode.plan.stages == ["parity", "ceilings", "decode", "decode-sweep"]
+    kinds = {type(check).__name__ for check in decode.plan.checks}
+    assert "DecodeCheck" in kinds and "GradientCheck" not in kinds
+    features = [check.name for check in decode.plan.checks if hasattr(check, "name")]
+    assert features and all(name.startswith("cache") for name in features)
+    attention = gpu.make_bench(gpu.parse(["--only", "attention", "--output", str(path)]))
+    assert "decode" not in attention.plan.stages and "sweep" in attention.plan.stages
+    assert not any(isinstance(check, DecodeCheck) for check in attention.plan.checks)
