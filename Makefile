@@ -29,7 +29,10 @@ help: ## list the targets
 	@echo '  NO_VENV=1            use the packages that PYTHON has; install nothing'
 	@echo '  JOBS=N               test processes (default: one a core, at most 8)'
 
-demo: $(READY) ## embed sentences with MiniLM, with its own attention and with fastattn
+# Threads sleep while they wait. Where others use the cores too, spinning ones make a step of
+# decoding, which is hundreds of short products, several times as long.
+demo: export OMP_WAIT_POLICY ?= passive
+demo: $(READY) ## run MiniLM and SmolLM2 with their own attention and with fastattn
 	$(RUN) -m fastattn.cli demo $(ARGS)
 
 # One thread a test process: two processes with a thread pool each fight over the same cores.

@@ -311,6 +311,15 @@ def _check_cache(
         if k_values.shape[1] == 0:
             raise ValueError(f"block_size of k_cache must be at least 1, got {describe(k_values)}")
         capacity = block_table.shape[1] * k_values.shape[1]
+    if seqlen_new:
+        for name, values in (("k_cache", k_values), ("v_cache", v_values)):
+            if any(
+                n > 1 and step == 0 for n, step in zip(values.shape, values.stride(), strict=True)
+            ):
+                raise ValueError(
+                    f"{name} must have memory of its own for each token where tokens are appended, "
+                    f"got strides {values.stride()} for {describe(values)}: an expanded tensor"
+                )
     seqlens, on_host = _check_seqlens(cache_seqlens, batch, capacity, seqlen_new, device)
     return Cache(k_values, v_values, k_scale, v_scale, seqlens, block_table, on_host)
 

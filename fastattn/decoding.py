@@ -63,7 +63,9 @@ def attention_with_kv_cache(
             cache is only read (cross-attention to an encoder, whose keys are written once).
         v: (batch, seqlen_new, num_heads_kv, head_dim_v); with k or not at all.
         cache_seqlens: int32 or int64 (batch,), tokens of each row before this call; an int is the
-            same for all; None is a full cache, which has no room for new ones.
+            same for all, at the cost of a fill, and fixed in a CUDA graph; None is a full cache,
+            which has no room for new ones. On a GPU a length below 0 marks an idle row of a graph:
+            nothing is written, and its output is 0.
         block_table: int32 or int64 (batch, max_blocks): token j of row b lies in block
             `block_table[b, j // block_size]`. Rows may share blocks that neither appends to.
             Entries past a row's last token may hold anything.

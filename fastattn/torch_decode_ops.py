@@ -6,7 +6,6 @@ given, which their schemas say, so that torch.compile keeps the order of things.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from fastattn.torch_ops import (
     input_precision,
     kernels,
     on_device,
+    zero_counters,
 )
 
 _CACHE = (
@@ -89,6 +89,13 @@ def _cached_keys(cache: tuple[Any, ...]) -> Any:
     return kernels().CachedKeys(kernels().readable(k), kernels().readable(v), *others)
 
 
+def _note_writing(flat: tuple[Any, ...]) -> None:
+    """Tells autograd that caches change, should one of them be saved for a backward pass."""
+    k_cache, v_cache, _, _, k, *_ = flat
+    if k is not None and not k_cache.is_inference():
+        torch.autograd.graph.increment_version((k_cache, v_cache))
+
+
 @torch.library.impl(LIBRARY, "attention_with_kv_cache", "CompositeExplicitAutograd")
 def _attention_with_kv_cache(q: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     batch_invariant, return_lse, *modifiers = flat[_CACHE_SIZE:]
@@ -105,7 +112,8 @@ def _attention_with_kv_cache(q: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
         partial_out = empty(q, (parts, seqlen_q, num_heads, head_dim_v), torch.float32)
         partial_lse = empty(q, (parts, num_heads, seqlen_q), torch.float32)
     if config.last_combines:
-        counters = _counters(q, config.num_counters(q, cached))
+        counters = zero_counters(q, config.num_counters(q, cached))
+    _note_writing(flat)
     with on_device(q):
         attention.launch_attention_decode(
             q,
@@ -122,24 +130,6 @@ def _attention_with_kv_cache(q: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _counters(q: Tensor, size: int) -> Tensor:
-    """Zeros that a launch leaves as zeros: kept for each stream, whose launches follow each other.
-
-    A graph being captured gets its own, since it may be replayed beside anything.
-    """
-    if not q.is_cuda:
-        return q.new_zeros(size, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
-        return q.new_zeros(size, dtype=torch.int32)
-    stream = torch.cuda.current_stream(q.device).cuda_stream
-    return _kept_counters(q.device, stream, 1 << max(size - 1, 4095).bit_length())
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_counters(device: torch.device, stream: int, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int32, device=device)
-
-
 @torch.library.register_fake("fastattn::attention_with_kv_cache")
 def _fake_attention_with_kv_cache(q: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     _, return_lse, *_ = flat[_CACHE_SIZE:]
@@ -153,6 +143,7 @@ def _fake_attention_with_kv_cache(q: Tensor, *flat: Any) -> tuple[Tensor, Tensor
 
 @torch.library.impl(LIBRARY, "append_to_kv_cache", "CompositeExplicitAutograd")
 def _append_to_kv_cache(*flat: Any) -> None:
+    _note_writing(flat)
     with on_device(flat[0]):
         kernels().launch_append(_cached_keys(flat))
 

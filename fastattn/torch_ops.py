@@ -134,6 +134,22 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return tensor.fill_(float("nan")) if device_checks_enabled() else tensor
 
 
+def zero_counters(like: Tensor, size: int) -> Tensor:
+    """Zeros that a launch leaves as zeros: kept for each stream, whose launches follow each other.
+
+    A graph being captured gets its own, since it may be replayed beside anything.
+    """
+    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+        return like.new_zeros(size, dtype=torch.int32)
+    stream = torch.cuda.current_stream(like.device).cuda_stream
+    return _kept_zeros(like.device, stream, 1 << max(size - 1, 4095).bit_length())
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_zeros(device: torch.device, stream: int, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
 def _forward_shapes(
     q: Tensor, v: Tensor, return_lse: bool, save_softmax: bool, packed: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

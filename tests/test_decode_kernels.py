@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastattn
-from fastattn import Quantized, Rotary, T5Bias, reference, torch_ops
+from fastattn import Quantized, Rotary, T5Bias, Window, reference, torch_ops
+from fastattn import torch_decode_ops as torch_ops_decode
+from fastattn.cache_problem import make_cache_problem
 from fastattn.testing import assert_parity, debug, is_interpreting
 from fastattn.testing.cache_features import CACHE_FEATURES, CacheFeature
 from fastattn.testing.verify import DTYPES, check_feature
@@ -171,6 +173,77 @@ def test_splits_are_chosen_to_fill_the_chip_and_no_more() -> None:
         waves = programs * splits / slots
         best = max(programs * n / slots / -(-programs * n // slots) for n in range(1, 65))
         assert programs >= 0.8 * slots or waves / -(-programs * splits // slots) >= 0.85 * best
+
+
+def test_a_window_is_split_by_its_own_length() -> None:
+    kernels = torch_ops.kernels()
+    q = torch.empty(1, 1, 2, 16)
+    cached = kernels.CachedKeys(*(torch.empty(1, 4096, 2, 16) for _ in "kv"))
+    wide = kernels.Modifiers(softmax_scale=1.0)
+    narrow = kernels.Modifiers(softmax_scale=1.0, window_left=64, window_right=0)
+    assert kernels.select_decode_config(q, cached, wide).num_splits == 4
+    assert kernels.select_decode_config(q, cached, narrow).num_splits <= 3
+    # What is fixed for all batches does not follow the width of a table either.
+    fixed = {
+        kernels.select_decode_config(q, kernels.CachedKeys(x, x), wide, True).num_splits
+        for x in (torch.empty(1, 64, 2, 16), torch.empty(1, 4096, 2, 16))
+    }
+    assert fixed == {8}
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 10])
+def test_what_no_query_sees_is_not_read(seqlen_q: int, device: str) -> None:
+    """A block that was freed because the window has left it behind: its number and its keys."""
+    row = replace(
+        row_of("Window, splits, blocks"), lengths=(200, 130), seqlen_q=seqlen_q, num_heads=8,
+        modifiers=lambda draw: {"mask": Window(40, 0)},
+    )  # fmt: skip
+    expected = row.case(torch.float32, device)
+    case = row.case(torch.float32, device)
+    table = case.kwargs["block_table"]
+    for index, length in enumerate(row.lengths):
+        gone = length - 40  # the first query sees its own key and 40 before it
+        blocks = table[index, : gone // 16].long()
+        for cache in (case.k_cache, case.v_cache):
+            assert isinstance(cache, Tensor)
+            cache[blocks] = float("nan")
+            cache[table[index, gone // 16], : gone % 16] = float("nan")
+        table[index, : gone // 16] = -1
+    # A number that is negative is refused where it can be seen: the operator is called as on a GPU.
+    problem = make_cache_problem(
+        case.q, case.k_cache, case.v_cache, case.k, case.v,
+        **{**case.kwargs, "block_table": expected.kwargs["block_table"]},
+    )  # fmt: skip
+    problem = replace(problem, cache=replace(problem.cache, block_table=table))
+    out, _ = torch_ops_decode.attention_with_kv_cache(problem)
+    wanted = expected.call(fastattn.attention_with_kv_cache, impl="triton")
+    assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("appends", [True, False])
+def test_rows_without_a_place_write_nothing(
+    appends: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Idle rows of a graph: a length below 0, or block numbers below 0. And lengths too large."""
+    with_config(monkeypatch, appends=appends)
+    row = replace(row_of("blocks of 16"), lengths=(40, 40, 40), seqlen_q=2)
+    case, fresh = (row.case(torch.float32, device) for _ in range(2))
+    problem = make_cache_problem(
+        case.q, case.k_cache, case.v_cache, case.k, case.v, **case.kwargs, return_lse=True
+    )
+    seqlens = torch.tensor([-1, 40, 5000], dtype=torch.int32, device=device)
+    table = case.kwargs["block_table"].clone()
+    table[1] = -1
+    cache = replace(problem.cache, seqlens=seqlens, block_table=table)
+    torch_ops_decode.append_to_kv_cache(replace(problem, cache=cache, q=None))
+    for one, two in zip((case.k_cache, case.v_cache), (fresh.k_cache, fresh.v_cache), strict=True):
+        assert isinstance(one, Tensor) and isinstance(two, Tensor)
+        assert torch.equal(one.nan_to_num(), two.nan_to_num())
+    table[2] = fresh.kwargs["block_table"][0, :1]  # somewhere to read from
+    seqlens[1] = -7
+    out, lse = torch_ops_decode.attention_with_kv_cache(replace(problem, cache=cache))
+    assert torch.equal(out[:2], torch.zeros_like(out[:2]))
+    assert bool((lse[:2] == float("-inf")).all())
 
 
 # Chunks of a sequence.
@@ -341,7 +414,6 @@ def test_gradients_of_merging(device: str) -> None:
 
 
 def decode_arguments(name: str, device: str) -> tuple[Any, ...]:
-    from fastattn.cache_problem import make_cache_problem
     from fastattn.torch_decode_ops import flat_arguments
 
     case = row_of(name).case(torch.float32, device)

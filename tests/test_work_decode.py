@@ -175,11 +175,13 @@ def test_block_numbers_are_read_once_a_tile_or_a_row(monkeypatch: pytest.MonkeyP
         assert step.work.loaded["k_cache"] == step.work.loaded["v_cache"] == step.cached_bytes()
 
 
-def test_a_window_reads_its_own_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_reads_its_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(mask=Window(70, 0), patch=monkeypatch)
-    # The query stands at `length`, and sees the 70 keys before it: from the tile of the first on.
-    keys = sum(length - max(0, length - 70) // TILE * TILE for length in step.lengths)
+    # The query stands at `length`, and sees the 70 keys before it, and its own.
+    keys = sum(min(length, 70) for length in step.lengths)
     assert step.work.loaded["k_cache"] == keys * step.heads_kv * DIM * 4
+    tiles = sum(-(-length // TILE) - max(0, length - 70) // TILE + 1 for length in step.lengths)
+    assert step.work.dots == 2 * tiles * step.heads_kv
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])

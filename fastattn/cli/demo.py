@@ -1,4 +1,4 @@
-"""`fastattn demo`: a real model on real text, with its own attention and with fastattn."""
+"""`fastattn demo`: real models on real text, with their own attention and with fastattn."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fastattn.cli.demo_console import (
+    console,
+    one_thread,
+    progress,
+    shorten,
+    title,
+    verdict,
+    working,
+)
+from fastattn.cli.demo_decoding import demo_decoding
 from fastattn.cli.demo_pairs import HEAT_MAP_SENTENCE, PAIRS, SIMILAR, TOPIC, UNRELATED
 
 if TYPE_CHECKING:
@@ -46,8 +54,6 @@ FEATURES = (
     ("fully masked rows", "fp32"),
 )
 
-_console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-
 
 def demo(
     output: Annotated[
@@ -56,28 +62,42 @@ def demo(
     repeats: Annotated[
         int, typer.Option(min=1, help="How often each model is timed; the median counts.")
     ] = 7,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="How many tokens are decoded for each prompt.")
+    ] = 64,
+    embed: Annotated[bool, typer.Option(help="Embed sentences with MiniLM.")] = True,
+    decode: Annotated[bool, typer.Option(help="Decode prompts with SmolLM2.")] = True,
 ) -> None:
-    """Embed sentences with MiniLM, with its own attention and with fastattn, and compare."""
-    _check_needs()
+    """Two real models, with their own attention and with fastattn: MiniLM, and SmolLM2 decoding."""
+    _check_needs(NEEDS if embed else {"transformers": "transformers"})
     if not output.absolute().parent.is_dir():
         raise typer.BadParameter(f"no such folder: {output.parent}", param_hint="--output")
     device = _prepare_device()
     started = time.perf_counter()
-    with _working("loading MiniLM"):
+    passed = True
+    if embed:
+        passed &= _demo_embeddings(device, output, repeats)
+    if decode:
+        passed &= demo_decoding(device, tokens)
+    seconds = time.perf_counter() - started
+    if not passed:
+        console.print(f"\n[bold red]FAILED[/] in {seconds:.0f} s: see what is marked above")
+        raise typer.Exit(1)
+    console.print(f"\n[bold green]all within the parity rule[/], in {seconds:.0f} s")
+
+
+def _demo_embeddings(device: str, output: Path, repeats: int) -> bool:
+    with working("loading MiniLM"):
         batch, own, ours = _load(device)
     passed = _compare_embeddings(batch, own, ours, repeats)
     _explain(ours, batch)
     _heat_map(ours, batch, output)
-    passed &= _check_kernels(batch, own, ours, device)
-    seconds = time.perf_counter() - started
-    if not passed:
-        _console.print(f"[bold red]FAILED[/] in {seconds:.0f} s: see the rows marked above")
-        raise typer.Exit(1)
-    _console.print(f"[bold green]all within the parity rule[/], in {seconds:.0f} s")
+    with one_thread():
+        return passed & _check_kernels(batch, own, ours, device)
 
 
-def _check_needs() -> None:
-    missing = [package for name, package in NEEDS.items() if importlib.util.find_spec(name) is None]
+def _check_needs(needs: dict[str, str]) -> None:
+    missing = [package for name, package in needs.items() if importlib.util.find_spec(name) is None]
     if missing:
         typer.echo(
             f"fastattn demo needs {', '.join(missing)}: pip install {' '.join(missing)}", err=True
@@ -169,13 +189,13 @@ def _compare_embeddings(batch: _Batch, own: Any, ours: Any, repeats: int) -> boo
     from fastattn.testing import compare
 
     lengths = batch.lengths
-    _title("Sentence embeddings: MiniLM with its own attention (torch SDPA) and with fastattn")
-    _console.print(
+    title("Sentence embeddings: MiniLM with its own attention (torch SDPA) and with fastattn")
+    console.print(
         f"{len(lengths)} sentences of {min(lengths)} to {max(lengths)} tokens (mean "
         f"{statistics.mean(lengths):.0f}) in one batch: "
         f"{1 - sum(lengths) / (len(lengths) * max(lengths)):.0%} of it is padding\n"
     )
-    with _working("embedding the sentences, in float32 and in float64"):
+    with working("embedding the sentences, in float32 and in float64"):
         baseline, actual = (_embed(model, batch.inputs) for model in (own, ours))
         exact = _embed(_exact(own), batch.inputs)
     table = Table("pair", "", "tokens", header_style="bold", box=None, pad_edge=False)
@@ -188,19 +208,19 @@ def _compare_embeddings(batch: _Batch, own: Any, ours: Any, repeats: int) -> boo
         cosine, own_cosine = ((e[sides][0] @ e[sides][1]).item() for e in (actual, baseline))
         cosines.append((kind, cosine))
         counts = " + ".join(str(length) for length in lengths[sides])
-        shown = " / ".join(_shorten(sentence, 30) for sentence in pair)
+        shown = " / ".join(shorten(sentence, 30) for sentence in pair)
         table.add_row(kind, shown, counts, f"{own_cosine:.4f}", f"{cosine:.4f}")
-    _console.print(table)
+    console.print(table)
     means = {
         kind: statistics.mean(value for name, value in cosines if name == kind)
         for kind in (SIMILAR, TOPIC, UNRELATED)
     }
-    _console.print("\nmean cosine: " + ", ".join(f"{k} {mean:.2f}" for k, mean in means.items()))
+    console.print("\nmean cosine: " + ", ".join(f"{k} {mean:.2f}" for k, mean in means.items()))
     result = compare(actual, baseline, exact)
-    _console.print(
+    console.print(
         f"largest difference of an embedding: {(actual - baseline).abs().max().item():.1e}; from "
         f"float64: fastattn {result.max_error:.1e}, own attention {result.baseline_max_error:.1e}"
-        f" {_verdict(result.passed)}"
+        f" {verdict(result.passed)}"
     )
     _time(batch, own, ours, repeats)
     return result.passed
@@ -209,7 +229,7 @@ def _compare_embeddings(batch: _Batch, own: Any, ours: Any, repeats: int) -> boo
 def _time(batch: _Batch, own: Any, ours: Any, repeats: int) -> None:
     """Prints the medians of paired runs, in turns, and the median of the ratios."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    with _progress() as bar:
+    with progress() as bar:
         task = bar.add_task("timing both models in turns", total=repeats)
         for turn in range(repeats):
             order = ((0, own), (1, ours)) if turn % 2 else ((1, ours), (0, own))
@@ -218,7 +238,7 @@ def _time(batch: _Batch, own: Any, ours: Any, repeats: int) -> None:
             bar.update(task, advance=1)
     ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
     own_ms, our_ms = (statistics.median(values) * 1e3 for values in seconds)
-    _console.print(
+    console.print(
         f"time of the batch: own attention {own_ms:.1f} ms, fastattn {our_ms:.1f} ms "
         f"(medians of {repeats} paired runs; ratio {ratio:.2f})"
     )
@@ -238,8 +258,8 @@ def _seconds(model: Any, inputs: dict[str, Tensor]) -> float:
 def _explain(ours: Any, batch: _Batch) -> None:
     from fastattn.integrations import transformers as fastattn_hf
 
-    _title("What ran, and why: fastattn.integrations.transformers.report(model, **inputs)")
-    _console.print(str(fastattn_hf.report(ours, **batch.inputs)), markup=False)
+    title("What ran, and why: fastattn.integrations.transformers.report(model, **inputs)")
+    console.print(str(fastattn_hf.report(ours, **batch.inputs)), markup=False)
 
 
 def _heat_map(ours: Any, batch: _Batch, output: Path) -> None:
@@ -251,8 +271,8 @@ def _heat_map(ours: Any, batch: _Batch, output: Path) -> None:
 
     index = batch.sentences.index(HEAT_MAP_SENTENCE)
     tokens, length = batch.tokens[index], batch.lengths[index]
-    _title(f"One head's attention: fastattn.attention_weights(q, k, heads=[{HEAD}], rows=...)")
-    with _working("drawing"):
+    title(f"One head's attention: fastattn.attention_weights(q, k, heads=[{HEAD}], rows=...)")
+    with working("drawing"):
         q, k = _queries_and_keys(ours, batch.inputs, LAYER)
         one = slice(index, index + 1)
         weights = fastattn.attention_weights(
@@ -263,21 +283,21 @@ def _heat_map(ours: Any, batch: _Batch, output: Path) -> None:
             mask=fastattn.Lengths(torch.tensor([length], device=q.device)),
         )[0, 0, :, :length]
         marked = [(tokens.index(verb), tokens.index(noun)) for verb, noun in VERBS]
-        title = (
+        headline = (
             f"MiniLM, layer {LAYER + 1} of 6, head {HEAD + 1} of 12: verbs look at their objects"
         )
-        draw_heat_map(weights, tokens, output, title, marked)
+        draw_heat_map(weights, tokens, output, headline, marked)
     shares = ", ".join(
         f"{verb} -> {noun} {weights[cell].item():.0%}"
         for (verb, noun), cell in zip(VERBS, marked, strict=True)
     )
-    _console.print(f"“{HEAT_MAP_SENTENCE}”")
-    _console.print(
+    console.print(f"“{HEAT_MAP_SENTENCE}”")
+    console.print(
         f"Layer {LAYER + 1}, head {HEAD + 1}: verbs attend to their objects ({shares})\n"
         f"Of the {q.shape[0]} x {q.shape[2]} x {q.shape[1]} rows of weights (sentences x heads x "
         f"tokens), {length} were computed."
     )
-    _console.print(f"heat map: {output}", style="bold", soft_wrap=True)
+    console.print(f"heat map: {output}", style="bold", soft_wrap=True)
 
 
 def _queries_and_keys(model: Any, inputs: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor]:
@@ -306,13 +326,13 @@ def _check_kernels(batch: _Batch, own: Any, ours: Any, device: str) -> bool:
     from fastattn.testing.verify import check_feature, find_features
 
     where = "on the GPU" if device == "cuda" else "on the CPU, in Triton's interpreter"
-    _title(f"The Triton kernels {where}, against float64")
+    title(f"The Triton kernels {where}, against float64")
     table = Table("", "dtype", header_style="bold", box=None, pad_edge=False)
     for name in ("error of fastattn", "of plain torch", ""):
         table.add_column(name, justify="right")
     by_name = {feature.name: feature for feature in find_features(None)}
     passed = True
-    with _progress() as bar:
+    with progress() as bar:
         task = bar.add_task("running kernels", total=1 + len(FEATURES))
         index = batch.sentences.index(HEAT_MAP_SENTENCE)
         inputs = batch.one(index) if device == "cpu" else batch.inputs
@@ -330,41 +350,12 @@ def _check_kernels(batch: _Batch, own: Any, ours: Any, device: str) -> bool:
             bar.update(task, advance=1)
     for name, dtype, part in rows:
         errors = (f"{part.max_error:.1e}", f"{part.baseline_max_error:.1e}")
-        table.add_row(name, dtype, *errors, _verdict(part.passed))
+        table.add_row(name, dtype, *errors, verdict(part.passed))
         passed &= part.passed
-    _console.print(table)
-    _console.print(
+    console.print(table)
+    console.print(
         "Passed: at most twice plain torch's error, plus one rounding unit. All features: "
         "fastattn verify",
         style="dim",
     )
     return passed
-
-
-def _title(text: str) -> None:
-    _console.print()
-    _console.rule(f"[bold]{text}", align="left")
-
-
-def _verdict(passed: bool) -> str:
-    return "[green]passed[/]" if passed else "[bold red]FAILED[/]"
-
-
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1].rstrip(" ,") + "…"
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-def _working(text: str) -> Any:
-    return Console(stderr=True).status(text)

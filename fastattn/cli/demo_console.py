@@ -1,8 +1,10 @@
-"""What the parts of the demo print with."""
+"""What the parts of the demo print with, and run kernels in."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -43,3 +45,16 @@ def progress() -> Progress:
 def working(text: str) -> Any:
     """A spinner on stderr, as a context manager."""
     return Console(stderr=True).status(text)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For the interpreter on a CPU, whose tiles are too small to share out between threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

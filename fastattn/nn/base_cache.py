@@ -48,6 +48,10 @@ class BaseKVCache(ABC):
     sequence of ints without repetition; None is all rows. (Any integer argument may be a tensor
     too. Reading one that is on a GPU waits for the device; every other call here does not.)
 
+    torch.compile. The lengths on the host would be guarded, and each step compiled anew: compile a
+    function that calls `attention_with_kv_cache` on `layer(i)`, `seqlens` and `block_table`, with
+    `reserve` before it and `advance(..., replayed=True)` after it.
+
     CUDA graphs. `seqlens` and `block_table` never move, so a graph that was captured over the
     layers' calls reads the lengths of the moment it is replayed. The host does not see a replay:
 
@@ -228,6 +232,16 @@ class BaseKVCache(ABC):
             ValueError: a row would grow beyond max_seqlen, or what that function raises.
             CacheFullError: a paged cache has too few free blocks for k and v.
         """
+        for name in ("cache_seqlens", "block_table"):
+            if name in options:
+                raise TypeError(f"{name} is the cache's own, got {options[name]!r}")
+        check_tensor("q", q)
+        batch = len(self._select_rows(rows).rows)
+        if q.dim() != 4 or q.shape[0] != batch:
+            raise ValueError(
+                f"q must be (batch, seqlen_q, num_heads, head_dim) with batch {batch}, the number "
+                f"of rows, got {describe(q)}"
+            )
         with self._writing(layer, rows, k) as (view, k_cache, v_cache):
             return attention_with_kv_cache(
                 q, k_cache, v_cache, k, v, cache_seqlens=view.seqlens,

@@ -258,6 +258,12 @@ def _invariant(draw: Draw) -> Kwargs:
     return {"causal": True, "batch_invariant": True}
 
 
+def _cut_by_bias(draw: Draw) -> Kwargs:
+    table = draw.normal(8, 4)
+    table[3:] = float("-inf")
+    return {"bias": T5Bias(table, bidirectional=False, max_distance=20), "causal": True}
+
+
 def _everything(draw: Draw) -> Kwargs:
     mask = Window(60, 0) & Lengths(draw.ints(150, 131), starts_k=draw.ints(2, 70))
     bias = ALiBi(draw.slopes(4)) + T5Bias(draw.normal(16, 4), max_distance=50)
@@ -330,6 +336,14 @@ CACHE_FEATURES: tuple[CacheFeature, ...] = (
                  lengths=(75, 300), capacity=400, block_size=16),
     CacheFeature("cache: Window, a chunk of a prompt", lambda draw: {"mask": Window(30, 0)},
                  seqlen_q=100, lengths=(75, 0), capacity=250),
+    CacheFeature("cache: Window within new tokens, many rows", lambda draw: {"mask": Window(3, 0)},
+                 seqlen_q=10, num_heads=8, lengths=(62, 126), capacity=160),
+    CacheFeature("cache: Window, many rows, blocks", lambda draw: {"mask": Window(66, 0)},
+                 seqlen_q=12, num_heads=8, lengths=(130, 63), block_size=16, rotary=(32, False)),
+    CacheFeature("cache: Lengths, left padded, many rows",
+                 lambda draw: {"mask": Lengths(draw.ints(150, 150), starts_k=draw.ints(60, 130)),
+                               "causal": True},
+                 seqlen_q=10, num_heads=8, lengths=(62, 126)),
     CacheFeature("cache: Lengths, left padded",
                  lambda draw: {"mask": Lengths(draw.ints(150, 150), starts_k=draw.ints(66, 3))
                                & Causal()}, seqlen_q=3),
@@ -348,6 +362,8 @@ CACHE_FEATURES: tuple[CacheFeature, ...] = (
     CacheFeature("cache: T5Bias, far tiles, splits",
                  lambda draw: {"bias": T5Bias(draw.normal(8, 4), max_distance=20),
                                "batch_invariant": True}, lengths=(300, 7), capacity=400),
+    CacheFeature("cache: T5Bias of -inf for far keys", _cut_by_bias, seqlen_q=16, lengths=(140, 70),
+                 capacity=200),
     CacheFeature("cache: softcap", lambda draw: {"softcap": 2.0, "softmax_scale": 1.0}),
     CacheFeature("cache: sinks", lambda draw: {"sinks": draw.normal(4, std=2.0)}),
     CacheFeature("cache: sinks, splits, an empty row",

@@ -46,11 +46,12 @@ def _append_kernel(
     if cache_seqlens is not None:
         cached = load_int(cache_seqlens, index)
     row = start + tl.arange(0, BLOCK)
-    inside = (row < seqlen_new) & (cached + row < capacity)
-    end = tl.minimum(cached + seqlen_new, capacity)
+    # Lengths out of range write nothing, nor does a row whose block numbers are negative.
+    inside = (row < seqlen_new) & (cached >= 0) & (cached + row < capacity)
     block, cache_row = find_rows(
-        paging, index, cached + start, tl.arange(0, BLOCK), end, BLOCK_SIZE, False
+        paging, index, cached + start, tl.arange(0, BLOCK), inside, BLOCK_SIZE, False
     )
+    inside = inside & (block >= 0)
 
     k_tile = load_rotated(
         head_base(k_new, index, head, row),

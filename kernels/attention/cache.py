@@ -44,6 +44,7 @@ class Rotary(NamedTuple):
     cos_stride_pair: Any
     sin_stride_row: Any
     sin_stride_pair: Any
+    num_positions: Any  # rows of the tables
     positions: Any
     positions_stride_batch: Any
     positions_stride_row: Any
@@ -55,14 +56,14 @@ def find_rows(
     index,
     start,
     local,
-    end,
+    inside,
     BLOCK_SIZE: tl.constexpr,
     SAME_BLOCK: tl.constexpr,
 ):
-    """Block and row within it of positions `start + local` of a sequence, up to `end`.
+    """Block and row within it of the positions `start + local` of a sequence that are `inside`.
 
     BLOCK_SIZE is None for a contiguous cache. With SAME_BLOCK all positions lie in one block, and
-    its number is one load.
+    its number is one load. The block of a position that is not inside is -1.
     """
     if BLOCK_SIZE is None:
         block = tl.cast(index, tl.int64)
@@ -74,7 +75,7 @@ def find_rows(
             row = start % BLOCK_SIZE + local
         else:
             position = start + local
-            block = tl.load(table + position // BLOCK_SIZE, mask=position < end, other=0)
+            block = tl.load(table + position // BLOCK_SIZE, mask=inside, other=-1)
             block = block.to(tl.int64)
             row = position % BLOCK_SIZE
     return block, row
@@ -247,7 +248,8 @@ def load_rotated(
             position = tl.load(places, mask=inside, other=0)
         position = position.to(tl.int64)[:, None]
         # A query before position 0 sees nothing, and has no angle.
-        turned = inside[:, None] & (position >= 0) & (dim < ROTARY_DIM)[None, :]
+        turned = inside[:, None] & (position >= 0) & (position < rotary.num_positions)
+        turned = turned & (dim < ROTARY_DIM)[None, :]
         other = tl.load(pointers[:, None] + partner[None, :] * stride_dim, mask=turned, other=0.0)
         cos = rotary.cos + position * rotary.cos_stride_row + pair[None, :] * rotary.cos_stride_pair
         sin = rotary.sin + position * rotary.sin_stride_row + pair[None, :] * rotary.sin_stride_pair

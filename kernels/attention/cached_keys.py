@@ -84,12 +84,11 @@ def paging(cached: CachedKeys) -> Paging:
 def rotary(cached: CachedKeys) -> Rotary:
     """Tables of angles as a kernel takes them."""
     if cached.cos is None or cached.sin is None:
-        return Rotary(*[None] * 9)
+        return Rotary(*[None] * 10)
     positions = cached.positions
     strides = (None, None) if positions is None else positions.stride()
-    return Rotary(
-        cached.cos, cached.sin, *cached.cos.stride(), *cached.sin.stride(), positions, *strides
-    )
+    tables = (cached.cos, cached.sin, *cached.cos.stride(), *cached.sin.stride())
+    return Rotary(*tables, cached.cos.shape[0], positions, *strides)
 
 
 def readable(values: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ def combine_row(
         tl.store(head_base(lse, index, head, row) + tl.arange(0, 1), value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen_q", "num_sequences", "num_splits"])
 def _combine_splits_kernel(
     parts,
     lse_parts,

@@ -86,7 +86,9 @@ def _attend(
     BLOCK_M: tl.constexpr = q_tile.shape[0]
     BLOCK_N: tl.constexpr = k_tile.shape[0]
     PRECISE: tl.constexpr = q_tile.dtype == tl.float32
-    MAY_BE_EMPTY: tl.constexpr = (terms.mask.ptr is not None) or (terms.bias.ptr is not None)
+    MAY_BE_EMPTY: tl.constexpr = (
+        terms.mask.ptr is not None or terms.bias.ptr is not None or terms.relative.ptr is not None
+    )
     products = tl.dot(q_tile, k_tile.T, input_precision=INPUT_PRECISION)
     if k_scale.ptr is not None:
         products *= k_scales[None, :]
@@ -106,7 +108,8 @@ def _attend(
     return new_maximum, total, acc
 
 
-@triton.jit
+# Sizes that change from call to call, and for which another compilation would gain nothing.
+@triton.jit(do_not_specialize=["num_sequences", "num_splits"])
 def _attention_decode_kernel(
     q,
     k,
@@ -157,12 +160,20 @@ def _attention_decode_kernel(
     # Heads next to each other, since their rows are in memory; last rows first, they see most.
     block_m = num_blocks_m - 1 - program % num_blocks_m
     key_head = (program // num_blocks_m) % num_key_heads
-    split = (program // num_blocks_m // num_key_heads) % num_splits
-    index = program // num_blocks_m // num_key_heads // num_splits
+    if SPLIT:
+        split = (program // num_blocks_m // num_key_heads) % num_splits
+        index = program // num_blocks_m // num_key_heads // num_splits
+        is_last = split == num_splits - 1
+    else:
+        split = 0
+        index = program // num_blocks_m // num_key_heads
+        is_last = index >= 0
     cached = shape.seqlen_k
     if cache_seqlens is not None:
         cached = load_int(cache_seqlens, index)
+    # Lengths out of range read and write nothing that is not there.
     keys = tl.minimum(cached + seqlen_new, shape.seqlen_k)
+    keys = tl.where(cached < 0, 0, keys)
     seq = limit_sequence(masks, index, 0, 0, shape.seqlen_q, keys)
 
     packed = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -202,12 +213,14 @@ def _attention_decode_kernel(
     first, end = visible_keys(row, seq, masks)
     end = tl.where(live, end, 0)
     begin, full_begin, full_end, last = key_ranges_between(first_m, last_m, seq, masks, BLOCK_N)
+    # What no row sees may be anything: a block that was freed, or NaN.
+    first_seen, _ = visible_keys(first_m, seq, masks)
     # The walk is over the cache; new keys that it does not hold yet come after it.
     in_cache = last
     if k_new.ptr is not None:
         in_cache = tl.minimum(last, cached)
-        full_end = tl.minimum(full_end, cached // BLOCK_N * BLOCK_N)
-    is_last = split == num_splits - 1
+        full_end = tl.minimum(full_end, tl.maximum(cached, 0) // BLOCK_N * BLOCK_N)
+        full_end = tl.maximum(full_end, full_begin)
     if SPLIT:
         per_split = tl.cdiv(tl.cdiv(in_cache - begin, BLOCK_N), num_splits) * BLOCK_N
         begin += tl.maximum(per_split, 0) * split
@@ -216,7 +229,8 @@ def _attention_decode_kernel(
     if k_new.ptr is not None:
         # Loaded before the walk and used after it, so that nothing waits for them.
         local_new = tl.arange(0, BLOCK_NEW)
-        arrives = (local_new < seqlen_new) & (cached + local_new < shape.seqlen_k) & is_last
+        arrives = (local_new < seqlen_new) & (cached >= 0) & is_last
+        arrives = arrives & (cached + local_new < shape.seqlen_k)
         k_fresh = load_rotated(
             head_base(k_new, index, key_head, local_new),
             k_new.stride_dim,
@@ -255,8 +269,10 @@ def _attention_decode_kernel(
             local = tl.arange(0, BLOCK_N)
             col = start_n + local
             inside = col < in_cache
+            if CUT_LEFT:
+                inside = inside & (col >= first_seen)
             block, cache_row = find_rows(
-                paging, index, start_n, local, in_cache, BLOCK_SIZE, SAME_BLOCK
+                paging, index, start_n, local, inside, BLOCK_SIZE, SAME_BLOCK
             )
             k_tile = load_cached(
                 k, key_head, block, cache_row, inside, HEAD_DIM, BLOCK_D, CHECK, dtype
@@ -295,8 +311,9 @@ def _attention_decode_kernel(
     if k_new.ptr is not None:
         if is_last:
             block, cache_row = find_rows(
-                paging, index, cached, local_new, cached + seqlen_new, BLOCK_SIZE, False
+                paging, index, cached, local_new, arrives, BLOCK_SIZE, False
             )
+            written = arrives & (block >= 0)
             k_values, k_row_scales = encoded(k_fresh, k, k_scale, key_head)
             v_values, v_row_scales = encoded(v_fresh, v, v_scale, key_head)
             # What is attended is what the cache will give back, so that chunks of a sequence agree.
@@ -334,7 +351,7 @@ def _attention_decode_kernel(
                     key_head,
                     block,
                     cache_row,
-                    arrives,
+                    written,
                     k_values,
                     k_row_scales,
                     HEAD_DIM,
@@ -345,7 +362,7 @@ def _attention_decode_kernel(
                     key_head,
                     block,
                     cache_row,
-                    arrives,
+                    written,
                     v_values,
                     v_row_scales,
                     HEAD_DIM_V,
@@ -465,7 +482,7 @@ def launch_attention_decode(
         BLOCK_D=padded_dim(head_dim),
         BLOCK_DV=padded_dim(head_dim_v),
         BLOCK_NEW=NEW_ROWS,
-        BLOCK_SPLITS=config.block_splits,
+        BLOCK_SPLITS=config.block_splits if config.last_combines else 1,
         BLOCK_SIZE=cached.block_size,
         ROTARY_DIM=cached.rotary_dim,
         INTERLEAVED=cached.interleaved,

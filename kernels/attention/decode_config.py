@@ -17,10 +17,9 @@ NEW_ROWS = 16
 # Rows that a program of the append kernel writes.
 APPEND_ROWS = 16
 # Splits under batch_invariant=True, whatever the batch: enough for one sequence of a model with 8
-# key/value heads to fill half of a large GPU.
+# key/value heads to fill half of a large GPU. More rows than these make programs enough unsplit.
 FIXED_SPLITS = 8
-# Up to so many query rows (of all heads of a group) the keys are worth splitting.
-SPLIT_ROWS = 128
+FIXED_SPLIT_ROWS = 128
 MAX_SPLITS = 128
 # Programs that share a multiprocessor: their tiles take at most half of its shared memory.
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -134,6 +133,7 @@ def appends_itself(chip: str, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 or chip == "interpreter"
 
 
+@functools.lru_cache(maxsize=4096)
 def select_num_splits(num_programs: int, num_tiles: int, slots: int) -> int:
     """Programs that share the keys of a sequence.
 
@@ -187,14 +187,17 @@ def select_decode_config(
         paged=cached.block_table is not None,
         rotary=cached.cos is not None,
     )
-    num_splits = 1
-    if num_rows <= SPLIT_ROWS:
+    if batch_invariant:
+        num_splits = FIXED_SPLITS if num_rows <= FIXED_SPLIT_ROWS else 1
+    else:
         num_tiles = -(-cached.capacity // tile.block_n)
-        if batch_invariant:
-            num_splits = min(FIXED_SPLITS, max(1, num_tiles))
-        else:
-            num_programs = batch * num_key_heads * -(-num_rows // tile.block_m)
-            num_splits = select_num_splits(num_programs, num_tiles, program_slots(q.device))
+        if modifiers.window_left >= 0:
+            num_tiles = min(num_tiles, -(-(modifiers.window_left + seqlen_q) // tile.block_n) + 1)
+        # A split's tiles are to be more than the partial results that it costs, which are float32,
+        # written and read: 8 bytes an element, against two of a key or value.
+        num_tiles //= max(1, -(-4 * num_rows // tile.block_n // 2))
+        num_programs = batch * num_key_heads * -(-num_rows // tile.block_m)
+        num_splits = select_num_splits(num_programs, max(1, num_tiles), program_slots(q.device))
     return DecodeConfig(
         tile.block_m,
         tile.block_n,

@@ -96,7 +96,9 @@ def _attention_forward_kernel(
     PRECISE: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
     # A bias may be the lowest float of its dtype, which the scale would turn into -inf.
     SUBTRACT_FIRST: tl.constexpr = PRECISE or (bias.ptr is not None)
-    MAY_BE_EMPTY: tl.constexpr = (mask.ptr is not None) or (bias.ptr is not None)
+    MAY_BE_EMPTY: tl.constexpr = (
+        mask.ptr is not None or bias.ptr is not None or relative.ptr is not None
+    )
 
     if scores.sinks is None:
         initial_maximum = float("-inf")
