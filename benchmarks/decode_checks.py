@@ -139,15 +139,10 @@ def decode_config_checks(chip: str, dtypes: Iterable[str]) -> list[DecodeCheck]:
 
     Other dtypes take turns at the ways: the source of the kernels is the same.
     """
-    from fastattn.kernels.attention.decode_config import SPLIT_ROWS
-
     checks = []
-    group = DecodeCheck.heads[0] // DecodeCheck.heads[1]
     for dtype, head_dim in itertools.product(dtypes, head_dims(chip)):
-        for place, (problem, fields) in enumerate(PROBLEMS.items()):
+        for place, problem in enumerate(PROBLEMS):
             ways = SPLITS if dtype == "bf16" else (SPLITS[place % len(SPLITS)],)
-            if fields.get("seqlen_q", 1) * group > SPLIT_ROWS:
-                ways = ((1, False),)
             for splits, last in ways:
                 config = problem_config(chip, head_dim, dtype, problem, splits, last)
                 checks.append(DecodeCheck(config, head_dim, dtype, problem))

@@ -46,6 +46,45 @@ def test_hopper_backward_kernels_use_wgmma_and_do_not_spill() -> None:
         assert any("GMMA" in name for name, _ in row.tensor_cores), row
 
 
+def test_hopper_decoding_kernels_do_not_spill() -> None:
+    names = (
+        "one token, splits",
+        "paged 16",
+        "fp8 a head, splits",
+        "chunk of a prompt",
+        "everything",
+    )
+    cases = [f"bfloat16 D128 {name}" for name in names]
+    rows = compile_report(["sm_90"], kernel=["attention_decode"], case=cases)
+    rows = [row for row in rows if row.case in cases]
+    assert {row.case for row in rows} == set(cases)
+    attended = [row for row in rows if row.function == "_attention_decode_kernel"]
+    assert len(attended) == len(cases)
+    for row in rows:
+        assert row.ok, row.problems
+        assert row.spilled_bytes == row.stack_bytes == 0, row
+    for row in attended:
+        assert row.tensor_cores, row
+        # Two programs of a step of one token share a multiprocessor: see `decode_config.py`.
+        assert row.shared_bytes <= TARGETS["sm_90"].shared_limit // (2 if row.num_warps < 8 else 1)
+
+
+def test_every_chip_has_decoding_tiles_for_every_head_dim() -> None:
+    from fastattn.kernels.attention.decode_config import decode_tile
+
+    for chip in TARGETS:
+        for head_dim in (1, 40, 64, 65, 128, 160, 256):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                for num_rows, count in ((1, 0), (16, 1), (20, 0), (33, 0), (4096, 2)):
+                    for flag in (False, True):
+                        tile = decode_tile(
+                            chip, head_dim, dtype, num_rows, count,
+                            quantized=flag, paged=flag, rotary=flag,
+                        )  # fmt: skip
+                        assert min(tile.block_m, tile.block_n) >= 16
+                        assert tile.block_m >= num_rows or tile.block_m <= 128
+
+
 def test_every_chip_has_backward_tiles_for_every_head_dim() -> None:
     assert HALF_BACKWARD_CONFIGS.keys() == FLOAT32_BACKWARD_CONFIGS.keys() == set(TARGETS)
     for chip in TARGETS:
