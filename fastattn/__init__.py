@@ -11,6 +11,7 @@ from fastattn.functional import attention, attention_weights, explain
 from fastattn.masks import Causal, Lengths, Packed, Prefix, Window
 from fastattn.quantized import Quantized
 from fastattn.rotary import Rotary
+from fastattn.sampling import SamplerState, SamplingParams, sample
 from fastattn.version import __version__
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Prefix",
     "Quantized",
     "Rotary",
+    "SamplerState",
+    "SamplingParams",
     "T5Bias",
     "Window",
     "__version__",
@@ -32,4 +35,5 @@ __all__ = [
     "explain",
     "explain_with_kv_cache",
     "merge_attention_states",
+    "sample",
 ]

@@ -20,17 +20,23 @@ from fastattn.biases import ALiBi, Bias, JoinedBias
 from fastattn.cache_problem import CacheProblem
 from fastattn.merge_problem import MergeProblem
 from fastattn.problem import AttentionProblem
+from fastattn.sampling import reference as sampling_reference
+from fastattn.sampling import torch_path
+from fastattn.sampling.problem import SampleProblem
 from fastattn.testing.interpreter import is_interpreting
 
 # What "auto" tries, in order. On CPU, kernels run only in Triton's interpreter, which is for
 # verification: they must be asked for by name.
-AUTO = {"cuda": ("triton", "sdpa", "reference"), "cpu": ("sdpa", "reference")}
+AUTO = {
+    "cuda": ("triton", "sdpa", "torch", "reference"),
+    "cpu": ("sdpa", "torch", "reference"),
+}
 
 listeners: list[Callable[[str, Any], None]] = []
 """Called with the implementation's name and the problem each time that something is attended; how
 reports are made."""
 
-Problem = AttentionProblem | CacheProblem | MergeProblem
+Problem = AttentionProblem | CacheProblem | MergeProblem | SampleProblem
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def _has_triton() -> bool:
         return False
 
 
-def _triton_cache_reasons(problem: CacheProblem | MergeProblem) -> list[str]:
+def _triton_cache_reasons(problem: CacheProblem | MergeProblem | SampleProblem) -> list[str]:
     reasons = triton_environment_reasons(problem.device)
     if _in_function_transform():
         reasons.append("the transforms of torch.func (grad, vmap, ...) are not in the operator")
@@ -133,6 +139,12 @@ def _run_triton_merge(problem: MergeProblem) -> tuple[Tensor, Tensor]:
     return torch_decode_ops.merge_attention_states(
         problem.out_a, problem.lse_a, problem.out_b, problem.lse_b
     )
+
+
+def _run_triton_sample(problem: SampleProblem) -> tuple[Tensor | None, ...]:
+    from fastattn import torch_sample_ops
+
+    return torch_sample_ops.sample(problem)
 
 
 def _run_sdpa(problem: AttentionProblem) -> tuple[Tensor, Tensor | None]:
@@ -177,6 +189,13 @@ MERGE_IMPLEMENTATIONS = _table(
 )
 """Those of merging two attention states."""
 
+SAMPLE_IMPLEMENTATIONS = _table(
+    Implementation("triton", _triton_cache_reasons, _run_triton_sample),
+    Implementation("torch", torch_path.unsupported_reasons, torch_path.run),
+    Implementation("reference", _no_reasons, sampling_reference.run),
+)
+"""Those of drawing tokens."""
+
 
 def implementations_of(problem: Problem) -> dict[str, Implementation]:
     """The implementations of the operation that a problem states."""
@@ -184,6 +203,8 @@ def implementations_of(problem: Problem) -> dict[str, Implementation]:
         return IMPLEMENTATIONS
     if isinstance(problem, MergeProblem):
         return MERGE_IMPLEMENTATIONS
+    if isinstance(problem, SampleProblem):
+        return SAMPLE_IMPLEMENTATIONS
     return APPEND_IMPLEMENTATIONS if problem.q is None else CACHE_IMPLEMENTATIONS
 
 
@@ -267,6 +288,8 @@ def describe(problem: Problem) -> str:
     """One line about a problem: shapes, dtype, device, mask and bias."""
     if isinstance(problem, MergeProblem):
         return f"two states out {_operand(problem.out_a)}"
+    if isinstance(problem, SampleProblem):
+        return f"logits {_operand(problem.logits)}"
     if isinstance(problem, CacheProblem):
         text = _describe_cache(problem)
     else:

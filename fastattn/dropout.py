@@ -1,9 +1,9 @@
 """Dropout of attention weights, as a value: which weights are kept follows from a seed alone.
 
-The random bits of a weight are Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011) of its place: key = the seed, counter = (column // 4, row, head, sequence), and
-word column % 4 of the four that come out. Forward, backward and every implementation that follows
-this draw the same mask, which is never stored, whatever their tiles.
+The random bits of a weight are Philox4x32-10 (`fastattn.philox`) of its place: key = the seed,
+counter = (column // 4, row, head, sequence), and word column % 4 of the four that come out.
+Forward, backward and every implementation that follows this draw the same mask, which is never
+stored, whatever their tiles.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-_WORD = 0xFFFFFFFF
-_KEYS = (0x9E3779B9, 0xBB67AE85)
-_FACTORS = (0xD2511F53, 0xCD9E8D57)
-_ROUNDS = 10
+from fastattn.philox import WORD, philox
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,22 +66,4 @@ class Dropout:
 
 def threshold(p: float) -> int:
     """A weight is kept if its 32 random bits, as a number, are at least this."""
-    return min(round(p * 2**32), _WORD)
-
-
-def philox(seed: Tensor, counters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four words of 32 random bits, in int64 tensors of the counters' shape.
-
-    Args:
-        seed: int64 tensor of one element; its low and high 32 bits are the key.
-        counters: four int64 tensors of one shape with values in 0..2**32 - 1.
-    """
-    a, b, c, d = counters
-    low, high = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(_ROUNDS):
-        # The 64-bit products wrap around in int64, which keeps their bits.
-        first, second = a * _FACTORS[0], c * _FACTORS[1]
-        a, b = ((second >> 32) & _WORD) ^ b ^ low, second & _WORD
-        c, d = ((first >> 32) & _WORD) ^ d ^ high, first & _WORD
-        low, high = (low + _KEYS[0]) & _WORD, (high + _KEYS[1]) & _WORD
-    return a, b, c, d
+    return min(round(p * 2**32), WORD)

@@ -25,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "interpreter: needs Triton's interpreter; skipped where kernels are compiled"
     )
+    config.addinivalue_line("markers", "whole_tiles: sampling with the tiles that dispatch selects")
     if "OMP_NUM_THREADS" not in os.environ:
         worker = "PYTEST_XDIST_WORKER" in os.environ
         torch.set_num_threads(1 if worker else min(4, os.cpu_count() or 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.dropout import philox
+from fastattn.philox import philox
 from fastattn.testing import make_qkv
 
 

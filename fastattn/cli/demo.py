@@ -25,6 +25,7 @@ from fastattn.cli.demo_console import (
 )
 from fastattn.cli.demo_decoding import demo_decoding
 from fastattn.cli.demo_pairs import HEAT_MAP_SENTENCE, PAIRS, SIMILAR, TOPIC, UNRELATED
+from fastattn.cli.demo_sampling import demo_sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +68,10 @@ def demo(
     ] = 64,
     embed: Annotated[bool, typer.Option(help="Embed sentences with MiniLM.")] = True,
     decode: Annotated[bool, typer.Option(help="Decode prompts with SmolLM2.")] = True,
+    sample: Annotated[
+        bool | None,
+        typer.Option(help="Sample from SmolLM2 in six ways; unless said, as for --decode."),
+    ] = None,
 ) -> None:
     """Two real models, with their own attention and with fastattn: MiniLM, and SmolLM2 decoding."""
     _check_needs(NEEDS if embed else {"transformers": "transformers"})
@@ -79,6 +84,8 @@ def demo(
         passed &= _demo_embeddings(device, output, repeats)
     if decode:
         passed &= demo_decoding(device, tokens)
+    if decode if sample is None else sample:
+        passed &= demo_sampling(device)
     seconds = time.perf_counter() - started
     if not passed:
         console.print(f"\n[bold red]FAILED[/] in {seconds:.0f} s: see what is marked above")

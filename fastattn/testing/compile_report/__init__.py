@@ -47,6 +47,7 @@ DEFAULT_FACTORIES: tuple[str, ...] = (
     "fastattn.testing.compile_cases:attention_cases",
     "fastattn.testing.compile_cases:attention_backward_cases",
     "fastattn.testing.compile_decode_cases:attention_decode_cases",
+    "fastattn.testing.compile_sample_cases:sample_cases",
 )
 
 
