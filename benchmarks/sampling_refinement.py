@@ -68,7 +68,11 @@ def tile_cuts(keys: NDArray, block: int, capacity: int, needed: int) -> NDArray:
     tiles = -(-vocab_size // block)
     padded = np.full((rows, tiles * block), EMPTY_KEY, dtype=np.int64)
     padded[:, :vocab_size] = keys
-    tiled = padded.reshape(rows, tiles, block)
+    # Dealt as `dealt_word` of the kernel does.
+    card = min(block, 128)
+    tiled = (
+        padded.reshape(rows, block // card, tiles, card).swapaxes(1, 2).reshape(rows, tiles, block)
+    )
     count = (tiled > EMPTY_KEY).sum(-1)
     low = np.full((rows, tiles), EMPTY_KEY + 1, dtype=np.int64)
     high = tiled.max(-1)

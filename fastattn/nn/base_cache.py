@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,22 +12,10 @@ from torch import Tensor
 
 from fastattn.decoding import append_to_kv_cache, attention_with_kv_cache
 from fastattn.nn.arguments import as_integers, check_positive, per_row
-from fastattn.nn.storage import QUANTIZED_DTYPES, Storage, check_scale
+from fastattn.nn.storage import QUANTIZED_DTYPES, RowsView, Storage, check_scale
 from fastattn.quantized import Quantized
 from fastattn.rotary import Rotary
 from fastattn.validation import check_tensor, describe
-
-
-@dataclass(eq=False)
-class RowsView:
-    """What a call on some rows hands to the attention function; kept while nothing changes."""
-
-    rows: tuple[int, ...]
-    index: slice | Tensor  # the rows, for indexing on the host
-    slots: slice  # of the storage
-    seqlens: Tensor
-    block_table: Tensor | None
-    room: int = 0  # tokens a row that have room already
 
 
 class BaseKVCache(ABC):

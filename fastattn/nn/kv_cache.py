@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastattn.nn.arguments import check_positive
-from fastattn.nn.base_cache import BaseKVCache, RowsView
+from fastattn.nn.base_cache import BaseKVCache
+from fastattn.nn.storage import RowsView
 
 
 class KVCache(BaseKVCache):

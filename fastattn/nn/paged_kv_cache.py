@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fastattn.nn.arguments import check_positive
-from fastattn.nn.base_cache import BaseKVCache, RowsView
+from fastattn.nn.base_cache import BaseKVCache
 from fastattn.nn.block_allocator import BlockAllocator
+from fastattn.nn.storage import RowsView
 
 
 class PagedKVCache(BaseKVCache):

@@ -66,6 +66,18 @@ def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     return _as_movable(tensor).index_select(dim, index).view(tensor.dtype)
 
 
+@dataclass(eq=False)
+class RowsView:
+    """What a call on some rows hands to the attention function; kept while nothing changes."""
+
+    rows: tuple[int, ...]
+    index: slice | Tensor  # the rows, for indexing on the host
+    slots: slice  # of the storage
+    seqlens: Tensor
+    block_table: Tensor | None
+    room: int = 0  # tokens a row that have room already
+
+
 def check_scale(
     quantization: str | None, scale: Any, num_layers: int, num_heads_kv: int
 ) -> tuple[Tensor | None, Tensor | None]:

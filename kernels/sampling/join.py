@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.sampling.logits import (
+    dealt_word,
     float_of,
     key_of,
-    processed_tile,
+    processed_scores,
     relative_weight,
     table_row,
-    tile_tokens,
+    tokens_of,
 )
 from fastattn.kernels.sampling.noise import token_noise
 from fastattn.kernels.sampling.refine import refine
@@ -86,7 +87,8 @@ def join_tiles(
     valid = slot[None, :] < written[:, None]
     x = tl.load(candidates + base, mask=valid, other=-float("inf"), cache_modifier=".cg")
     token = tl.load(offsets + base, mask=valid, other=0, cache_modifier=".cg").to(tl.int32)
-    token = tl.where(valid, number[:, None] * BLOCK + token, NO_TOKEN)
+    token = dealt_word(number[:, None], token // 32, num_tiles) * 32 + token % 32
+    token = tl.where(valid, token, NO_TOKEN)
     key = key_of(x)
     weight = tl.where(valid, relative_weight(x, largest), 0.0)
     threshold = tl.cast(EMPTY_KEY + 1, tl.int64)
@@ -164,9 +166,9 @@ def join_tiles(
             tl.store(drawn_before, tl.load(drawn_before) + 1)
     if logprobs is not None:
         # The score of the token again, from the 32 tokens that it is one of.
-        group = tl.where(wrong, 0, best_token) // 32 * 32
-        near = processed_tile(logits, processing, row, group, vocab_size, 32)
-        drawn_x = tl.sum(tl.where(tile_tokens(group, 32) == best_token, near, 0.0))
+        word = tl.where(wrong, 0, best_token) // 32 + tl.arange(0, 1)
+        near = processed_scores(logits, processing, row, word, vocab_size)
+        drawn_x = tl.sum(tl.where(tokens_of(word) == best_token, near, 0.0))
         value = tl.where(alone, 0.0, drawn_x - largest - tl.log(mass))
         tl.store(logprobs + row, tl.where(wrong, float("nan"), value))
     for rank in tl.static_range(TOP_N):

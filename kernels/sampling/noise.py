@@ -28,29 +28,28 @@ def gumbel(word, more):
 
 
 @triton.jit
-def tile_words(seed, step, start, more: tl.constexpr, BLOCK: tl.constexpr):
-    """A word for each token of a tile, (BLOCK // 32, 32)."""
-    GROUPS: tl.constexpr = BLOCK // 32
-    quad = start // 4 + tl.arange(0, GROUPS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+def group_bits(seed, step, group, more: tl.constexpr):
+    """32 random bits for each token of some groups of 32, (len(group), 32)."""
+    quad = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     zero = quad * 0
     low = (step & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     high = (step >> 32).to(tl.int32)
     a, b, c, d = tl.philox(seed, quad, zero + low, zero + high, zero + more)
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (GROUPS, 32)).to(tl.uint32)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (group.shape[0], 32)).to(tl.uint32)
 
 
 @triton.jit
-def tile_noise(seed, step, start, BLOCK: tl.constexpr):
-    """Noise of the tokens of a tile."""
-    words = tile_words(seed, step, start, 0, BLOCK)
+def group_noise(seed, step, group):
+    """Noise of the tokens of some groups of 32."""
+    words = group_bits(seed, step, group, 0)
     more = words
-    if tl.max(((words >> RARE) == 0).to(tl.int32)) != 0:  # one tile in a hundred
-        more = tile_words(seed, step, start, 1, BLOCK)
+    if tl.max(((words >> RARE) == 0).to(tl.int32)) != 0:  # one tile in two hundred
+        more = group_bits(seed, step, group, 1)
     return gumbel(words, more)
 
 
 @triton.jit
-def token_words(seed, step, token, more: tl.constexpr):
+def token_bits(seed, step, token, more: tl.constexpr):
     """A word for each of any tokens."""
     zero = token * 0
     low = (step & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
@@ -64,8 +63,8 @@ def token_words(seed, step, token, more: tl.constexpr):
 @triton.jit
 def token_noise(seed, step, token):
     """Noise of any tokens."""
-    words = token_words(seed, step, token, 0)
+    words = token_bits(seed, step, token, 0)
     more = words
     if tl.max(((words >> RARE) == 0).to(tl.int32)) != 0:
-        more = token_words(seed, step, token, 1)
+        more = token_bits(seed, step, token, 1)
     return gumbel(words, more)

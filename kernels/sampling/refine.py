@@ -9,11 +9,12 @@ import triton.language as tl
 
 from fastattn.kernels.sampling.logits import (
     key_of,
-    processed_tile,
+    processed_scores,
     relative_weight,
-    tile_tokens,
+    tile_words,
+    tokens_of,
 )
-from fastattn.kernels.sampling.noise import tile_noise
+from fastattn.kernels.sampling.noise import group_noise
 from fastattn.kernels.sampling.search import EMPTY_KEY, NO_TOKEN, best_of, ratio_threshold
 
 
@@ -32,7 +33,8 @@ def _weight_above(
     """Number, or sum of relative weights, of a row's tokens whose keys are `threshold` or more."""
     total = tl.zeros([], tl.float32)
     for tile in range(num_tiles):
-        x = processed_tile(logits, processing, row, tile * BLOCK, vocab_size, BLOCK)
+        words = tile_words(tile, num_tiles, BLOCK)
+        x = processed_scores(logits, processing, row, words, vocab_size)
         above = key_of(x) >= threshold.to(tl.int32)
         if COUNT:
             total += tl.sum(above.to(tl.int32)).to(tl.float32)
@@ -138,13 +140,14 @@ def refine(
     best_token = tl.cast(NO_TOKEN, tl.int32)
     total = tl.zeros([], tl.float32)
     for tile in range(num_tiles):
-        start = tile * BLOCK
-        x = processed_tile(logits, processing, row, start, vocab_size, BLOCK)
+        words = tile_words(tile, num_tiles, BLOCK)
+        x = processed_scores(logits, processing, row, words, vocab_size)
         survives = key_of(x) >= threshold.to(tl.int32)
         total += tl.sum(tl.where(survives, relative_weight(x, largest), 0.0))
-        score = tl.where(survives, x + tile_noise(seed, step, start, BLOCK), -float("inf"))
-        score, token = best_of(score, tile_tokens(start, BLOCK))
-        # Tokens rise from tile to tile: the first of equals stays.
+        score = tl.where(survives, x + group_noise(seed, step, words), -float("inf"))
+        score, token = best_of(score, tokens_of(words))
+        equal = tl.minimum(token, best_token)
+        best_token = tl.where(score == best_score, equal, best_token)
         best_token = tl.where(score > best_score, token, best_token)
         best_score = tl.maximum(best_score, score)
     return best_token, total, threshold

@@ -16,11 +16,12 @@ from fastattn.kernels.sampling.logits import (
     Processing,
     key_of,
     load_setting,
-    processed_tile,
+    processed_scores,
     relative_weight,
-    tile_tokens,
+    tile_words,
+    tokens_of,
 )
-from fastattn.kernels.sampling.noise import tile_noise
+from fastattn.kernels.sampling.noise import group_noise
 from fastattn.kernels.sampling.operands import Sampling, setting, table
 from fastattn.kernels.sampling.search import (
     EMPTY_KEY,
@@ -157,9 +158,9 @@ def _sample_kernel(
     if steps is not None:
         step = tl.load(steps + row)
 
-    start = tile * BLOCK
-    token = tile_tokens(start, BLOCK)
-    x = processed_tile(logits, processing, row, start, vocab_size, BLOCK)
+    words = tile_words(tile, num_tiles, BLOCK)
+    token = tokens_of(words)
+    x = processed_scores(logits, processing, row, words, vocab_size)
     key = key_of(x)
     bad = tl.max((x != x).to(tl.int32))
     largest = tl.max(x)
@@ -175,12 +176,12 @@ def _sample_kernel(
         needed = tl.where(uses_k, needed, CAPACITY // 2).to(tl.int32)
         cut = _choose_candidates(key, finite, needed, CAPACITY)
         base = tl.cast(place, tl.int64) * CAPACITY
-        offset = (token - start).to(tl.int16)
+        offset = tokens_of(tl.arange(0, BLOCK // 32)).to(tl.int16)
         count = _store_candidates(candidates + base, offsets + base, key, x, offset, cut, CAPACITY)
     if not filtered:
         score = x
         if heat > 0:
-            score += tile_noise(seed, step, start, BLOCK)
+            score += group_noise(seed, step, words)
         best_score, best_token = best_of(score, token)
     floats = tile_floats + place * TILE_FLOATS
     tl.store(floats, largest)
