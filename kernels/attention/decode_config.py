@@ -123,6 +123,8 @@ def decode_tile(
         )
     table = _HALF_TILES[chip]
     block_n, num_stages = table[next(limit for limit in table if head_dim <= limit)]
+    if quantized and head_dim <= 128:
+        block_n = max(block_n, 64)  # its keys take half of the memory
     num_warps = 8 if (block_m > 16 or num_modifiers) and not amd else 4
     # One stage more where block numbers must be there before the keys can be asked for.
     return TileConfig(block_m, block_n, num_warps, num_stages + (paged and num_stages > 1))
