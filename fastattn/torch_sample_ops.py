@@ -21,9 +21,9 @@ from fastattn.torch_ops import LIBRARY, empty, on_device, zero_counters
 _NAMES = tuple(RANGES)
 
 LIBRARY.define(
-    "sample(Tensor logits, Tensor(a!)? seen, Tensor(b!)? counts, Tensor(c!)? step, Tensor seed, "
-    "Tensor? bias, Tensor? allowed, Tensor?[] tensors, float[] numbers, bool joint, int logprobs) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "sample(Tensor logits, Tensor(a!)? seen, Tensor(b!)? counts, Tensor(c!)? step, Tensor? seeds, "
+    "int seed, Tensor? bias, Tensor? allowed, Tensor?[] tensors, float[] numbers, bool joint, "
+    "int logprobs) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -38,7 +38,8 @@ def sample(problem: SampleProblem) -> Sample:
         None if state is None else state.seen,
         None if state is None else state.counts,
         None if state is None else state.step,
-        problem.seed,
+        problem.seed if isinstance(problem.seed, Tensor) else None,
+        0 if isinstance(problem.seed, Tensor) else problem.seed,
         problem.dense_bias(),
         problem.allowed_bits(),
         [value if isinstance(value, Tensor) else None for value in settings],
@@ -84,7 +85,8 @@ def _sample(
     seen: Tensor | None,
     counts: Tensor | None,
     step: Tensor | None,
-    seed: Tensor,
+    seeds: Tensor | None,
+    seed: int,
     bias: Tensor | None,
     allowed: Tensor | None,
     tensors: list[Tensor | None],
@@ -100,7 +102,7 @@ def _sample(
     }
     sampling = kernels().Sampling(
         **settings,
-        seed=seed,
+        seed=seed if seeds is None else seeds,
         bias=bias,
         allowed=allowed,
         seen=seen,
@@ -138,7 +140,8 @@ def _fake_sample(
     seen: Tensor | None,
     counts: Tensor | None,
     step: Tensor | None,
-    seed: Tensor,
+    seeds: Tensor | None,
+    seed: int,
     bias: Tensor | None,
     allowed: Tensor | None,
     tensors: list[Tensor | None],

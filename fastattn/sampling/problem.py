@@ -44,15 +44,27 @@ class SampleProblem:
         logits: (batch, vocab_size), the tokens of a row next to each other, any row stride.
         params: the settings; tensors among them are not clamped yet, see `setting`.
         state: an implementation marks what it drew, in place.
-        seed: int64 (batch,), the keys of the noise.
-        step: int64 (batch,), the step of the noise; `state.step`, or zeros.
+        seed: the keys of the noise: int64 (batch,), or one for all rows.
     """
 
     logits: Tensor
     params: SamplingParams
     state: SamplerState | None
-    seed: Tensor
-    step: Tensor
+    seed: Tensor | int
+
+    @property
+    def seeds(self) -> Tensor:
+        """The keys of the noise, int64 (batch,)."""
+        if isinstance(self.seed, Tensor):
+            return self.seed
+        return torch.full((self.batch,), self.seed, dtype=torch.int64, device=self.device)
+
+    @property
+    def steps(self) -> Tensor:
+        """The step of the noise, int64 (batch,): the state's, or zeros."""
+        if self.state is not None:
+            return self.state.step
+        return torch.zeros(self.batch, dtype=torch.int64, device=self.device)
 
     @property
     def batch(self) -> int:
@@ -183,10 +195,7 @@ def make_sample_problem(
         seed = torch.randint(
             0, 2**63 - 1, (logits.shape[0],), dtype=torch.int64, device=logits.device
         )
-    elif not isinstance(seed, Tensor):
-        seed = torch.full((logits.shape[0],), seed, dtype=torch.int64, device=logits.device)
-    step = torch.zeros_like(seed) if state is None else state.step
-    return SampleProblem(logits.detach(), params, state, seed, step)
+    return SampleProblem(logits.detach(), params, state, seed)
 
 
 def _check_state(logits: Tensor, params: SamplingParams, state: SamplerState | None) -> None:

@@ -39,7 +39,7 @@ def run(problem: SampleProblem) -> Sample:
     """Draws a token from each row, and marks it in the state."""
     scores = _filtered(problem)
     tokens = torch.arange(problem.vocab_size, device=problem.device)
-    noise = gumbel(problem.seed[:, None], problem.step[:, None], tokens)
+    noise = gumbel(problem.seeds[:, None], problem.steps[:, None], tokens)
     failed = scores.isnan().any(-1)
     drawn = lowest_argmax(scores + noise).masked_fill(failed, ERROR_TOKEN)
     sample = Sample(drawn)

@@ -121,8 +121,8 @@ class _Chunk:
         self.problem, self.output = problem, output
         self.first = rows.start
         self.settings = settings.take(np.arange(rows.start, rows.stop))
-        self.seed = problem.seed[rows].numpy()
-        self.step = problem.step[rows].numpy()
+        self.seed = problem.seeds[rows].numpy()
+        self.step = problem.steps[rows].numpy()
         self.values = scores(problem, settings, rows)
         self.blocks = Blocks.of(self.values)
         self.largest = self.blocks.row_largest()

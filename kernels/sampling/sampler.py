@@ -152,8 +152,9 @@ def _sample_kernel(
     uses_k = (k > 0) & (k < vocab_size)
     k = tl.where(uses_k, tl.maximum(k, keep), vocab_size)
     filtered = (heat > 0) & (uses_k | (p < 1.0) | (least_ratio > 0))
+    noise_key = tl.cast(seed, tl.int64)
     if seeds is not None:
-        seed = tl.load(seeds + row)
+        noise_key = tl.load(seeds + row)
     step = tl.zeros([], tl.int64)
     if steps is not None:
         step = tl.load(steps + row)
@@ -181,7 +182,7 @@ def _sample_kernel(
     if not filtered:
         score = x
         if heat > 0:
-            score += group_noise(seed, step, words)
+            score += group_noise(noise_key, step, words)
         best_score, best_token = best_of(score, token)
     floats = tile_floats + place * TILE_FLOATS
     tl.store(floats, largest)
@@ -208,7 +209,7 @@ def _sample_kernel(
             p,
             least_ratio,
             keep,
-            seed,
+            noise_key,
             step,
             state_seen,
             state_counts,

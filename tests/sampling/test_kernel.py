@@ -342,7 +342,7 @@ def test_operator_is_what_its_schema_says(device: str) -> None:
     numbers = [0.8, 40.0, 0.9, 0.0, 1.0, 1.2, 0.0, 0.0]
     state = SamplerState.make(BATCH, 300, device, counts=True)
     arguments = (
-        logits, state.seen, state.counts, state.step, seeds(device), None, None, [None] * 8,
+        logits, state.seen, state.counts, state.step, seeds(device), 0, None, None, [None] * 8,
         numbers, False, 2,
     )  # fmt: skip
     assert torch_sample_ops is not None
