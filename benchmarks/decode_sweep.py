@@ -189,16 +189,21 @@ def _last_combines_gain(rows: Sequence[Row]) -> float | None:
 
 
 def winners(document: Row) -> list[Row]:
-    """The tile that is best over all cases of each (chip, dtype, head_dim, layout).
+    """The tile that is best over all cases of each class that dispatch tells apart.
 
     Its score is the geometric mean, over the cases, of the fastest time over its own, with the
     splits that suit it best there. Only tiles that ran on every case count.
     """
+    from fastattn.kernels.attention.decode_config import tile_class
+
     groups: dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], Row]]] = {}
     for row in document["rows"]:
         if row["stage"] == STAGE and "ms" in row:
             case, config = row["case"], row["config"]
-            key = (row["chip"], case["dtype"], case["head_dim"], case["layout"])
+            key = tile_class(
+                row["chip"], case["dtype"], case["head_dim"], quantized=bool(case["stored"]),
+                paged=bool(case["block_size"]),
+            )  # fmt: skip
             tiles = groups.setdefault(key, {}).setdefault(case["label"], {})
             tile = tuple(config[name] for name in _TILE_FIELDS)
             if tile not in tiles or row["ms"] < tiles[tile]["ms"]:
@@ -210,14 +215,11 @@ def winners(document: Row) -> list[Row]:
             continue
         scores = {tile: _score(tile, cases.values()) for tile in everywhere}
         best = max(scores, key=lambda tile: scores[tile])
-        row = dict(zip(("chip", "dtype", "head_dim", "layout"), key, strict=True))
-        row["tile"] = dict(zip(_TILE_FIELDS, best, strict=True))
-        row["score"] = scores[best]
-        row["splits"] = {
+        splits = {
             label: (tiles[best]["config"]["num_splits"], tiles[best]["config"]["last_combines"])
             for label, tiles in cases.items()
         }
-        found.append(row)
+        found.append({"class": key, "tile": best, "score": scores[best], "splits": splits})
     return found
 
 
@@ -237,18 +239,24 @@ def as_source(document: Row, name: str) -> str:
     Args:
         document: a results file.
         name: of that file, which the table names as its measure.
+
+    Raises:
+        ValueError: dispatch would refuse an entry.
     """
+    from fastattn.kernels.attention.decode_config import check_measured_tiles
+
+    found = winners(document)
+    check_measured_tiles({row["class"]: row["tile"] for row in found})
     environment = document["environment"]
     lines = [
         f"# Measured on {environment['device']} on {environment['date'][:10]} by",
         f"# benchmarks/results/{name}: torch {environment['torch']}, triton "
         f"{environment.get('triton')}, commit {environment.get('commit') or 'unknown'}.",
-        "# (chip, dtype, head_dim, layout): (block_m, block_n, num_warps, num_stages)",
-        "MEASURED_TILES: dict[tuple[str, str, int, str], tuple[int, int, int, int]] = {",
+        "# (chip, dtype, head_dim, cache): (block_m, block_n, num_warps, num_stages)",
+        "MEASURED_TILES: dict[TileClass, tuple[int, int, int, int]] = {",
     ]
-    for row in winners(document):
-        key = (row["chip"], row["dtype"], row["head_dim"], row["layout"])
-        lines.append(f"    ({json.dumps(key)[1:-1]}): {tuple(row['tile'].values())},")
+    for row in found:
+        lines.append(f"    ({json.dumps(row['class'])[1:-1]}): {row['tile']},")
         for label, (splits, last_combines) in row["splits"].items():
             how = ", last combines" if last_combines else ""
             lines.append(f"    #   {label}: {splits} split{'s' if splits > 1 else ''}{how}")
@@ -256,13 +264,16 @@ def as_source(document: Row, name: str) -> str:
 
 
 def write_source(table: str, path: Path) -> None:
-    """Puts a table of `as_source` into a file, in place of the one that is there or at its end."""
+    """Puts a table of `as_source` into a file, in place of the one that is there.
+
+    Raises:
+        ValueError: there is none.
+    """
     text = path.read_text(encoding="utf-8")
-    pattern = re.compile(r"^# Measured on .*?^MEASURED_TILES.*?^\}\n", re.DOTALL | re.MULTILINE)
-    if pattern.search(text):
-        text = pattern.sub(lambda _: table, text, count=1)
-    else:
-        text = f"{text.rstrip()}\n\n{table}"
+    pattern = re.compile(r"^# Measured on .*?^MEASURED_TILES.*?\}\n", re.DOTALL | re.MULTILINE)
+    text, count = pattern.subn(lambda _: table, text, count=1)
+    if count == 0:
+        raise ValueError(f"{path} must hold a table MEASURED_TILES to replace, found none")
     path.write_text(text, encoding="utf-8")
 
 
@@ -283,11 +294,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not winners(document):
         print(f"{path} has no timed rows of {STAGE}", file=sys.stderr)
         return 1
-    table = as_source(document, path.name)
-    if options.write is None:
-        print(table, end="")
-    else:
-        write_source(table, options.write)
+    try:
+        table = as_source(document, path.name)
+        if options.write is None:
+            print(table, end="")
+        else:
+            write_source(table, options.write)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

@@ -14,19 +14,27 @@ from torch import Tensor
 
 from fastattn import biases, masks
 from fastattn.biases import Bias
-from fastattn.masks import Causal, Frame, Mask
+from fastattn.masks import Frame, Mask
 from fastattn.problem import (
-    DTYPES,
-    MAX_HEAD_DIM,
     AttentionProblem,
-    _autocast,
-    _check_flag,
-    _check_number,
-    _check_scale,
+    autocast,
+    check_dtype,
+    check_head_dim,
+    check_modifiers,
+    check_softcap,
+    check_softmax_scale,
+    check_values_match,
+    join_causal,
 )
 from fastattn.quantized import Quantized
 from fastattn.rotary import Rotary, check_position_values
-from fastattn.validation import check_integers, check_tensor, describe, values_readable
+from fastattn.validation import (
+    check_flag,
+    check_integers,
+    check_tensor,
+    describe,
+    values_readable,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,8 +199,8 @@ def make_cache_problem(
     for name, flag in (
         ("causal", causal), ("batch_invariant", batch_invariant), ("return_lse", return_lse),
     ):  # fmt: skip
-        _check_flag(name, flag)
-    q, k, v = (None if tensor is None else _autocast(tensor) for tensor in (q, k, v))
+        check_flag(name, flag)
+    q, k, v = (None if tensor is None else autocast(tensor) for tensor in (q, k, v))
     _check_operands(q, k, v)
     like_name, like = ("q", q) if q is not None else ("k", k)
     assert like is not None  # append_to_kv_cache is not called without k
@@ -201,19 +209,16 @@ def make_cache_problem(
         None if k is None else k.shape[1],
     )  # fmt: skip
     _check_heads(q, k, v, cache)
-    joined = None if mask is None else masks.as_mask(mask)
-    if causal:
-        joined = Causal() if joined is None else joined & Causal()
     problem = CacheProblem(
         q=q,
         cache=cache,
         k=k,
         v=v,
         rotary=rotary,
-        mask=joined,
+        mask=join_causal(mask, causal),
         bias=None if bias is None else biases.as_bias(bias),
-        softmax_scale=_check_scale(softmax_scale, like.shape[-1]),
-        softcap=_check_number("softcap", softcap, "0 (off) or a positive number", low=0.0),
+        softmax_scale=check_softmax_scale(softmax_scale, like.shape[-1]),
+        softcap=check_softcap(softcap),
         sinks=sinks,
         batch_invariant=batch_invariant,
         return_lse=return_lse,
@@ -243,14 +248,8 @@ def _check_operands(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> Non
             raise ValueError(
                 f"{name} must be (batch, seqlen, num_heads, head_dim), got {describe(tensor)}"
             )
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} must be float16, bfloat16, float32 or float64, got {describe(tensor)}"
-            )
-        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"head_dim of {name} must be 1 to {MAX_HEAD_DIM}, got {describe(tensor)}"
-            )
+        check_dtype(name, tensor)
+        check_head_dim(name, tensor)
         if first is None:
             first = (name, tensor)
         elif tensor.dtype != first[1].dtype or tensor.device != first[1].device:
@@ -258,10 +257,8 @@ def _check_operands(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> Non
                 f"{name} must have the dtype and device of {first[0]} ({describe(first[1])}), got "
                 f"{describe(tensor)}"
             )
-    if k is not None and v is not None and k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(
-            f"v must agree with k ({describe(k)}) in all but its last dimension, got {describe(v)}"
-        )
+    if k is not None and v is not None:
+        check_values_match("k", k, "v", v)
 
 
 def _check_cache(
@@ -293,11 +290,7 @@ def _check_cache(
             )
         parts.append((values, scale))
     (k_values, k_scale), (v_values, v_scale) = parts
-    if k_values.shape[:-1] != v_values.shape[:-1]:
-        raise ValueError(
-            f"v_cache must agree with k_cache ({describe(k_values)}) in all but its last "
-            f"dimension, got {describe(v_values)}"
-        )
+    check_values_match("k_cache", k_values, "v_cache", v_values)
     batch, device = like.shape[0], like.device
     if block_table is None:
         if k_values.shape[0] != batch:
@@ -403,10 +396,7 @@ def _check_heads(q: Tensor | None, k: Tensor | None, v: Tensor | None, cache: Ca
     """Batch, heads and head_dim of q, k and v against the cache's."""
     if cache.num_heads_kv == 0:
         raise ValueError(f"num_heads_kv of k_cache must be at least 1, got {describe(cache.k)}")
-    if not 1 <= cache.v.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"head_dim of v_cache must be 1 to {MAX_HEAD_DIM}, got {describe(cache.v)}"
-        )
+    check_head_dim("v_cache", cache.v)
     for name, tensor, of_cache, stored in (
         ("k", k, "k_cache", cache.k),
         ("v", v, "v_cache", cache.v),
@@ -473,21 +463,7 @@ def _check_modifiers(problem: CacheProblem, q: Tensor) -> None:
             "sequence a row of the cache, and their lengths as cache_seqlens"
         )
     frame = Frame(q.shape[0], q.shape[2], q.shape[1], problem.cache.capacity, q.device)
-    if problem.mask is not None:
-        problem.mask.check(frame)
-    if problem.bias is not None:
-        problem.bias.check(frame)
-    sinks = problem.sinks
-    if sinks is None:
-        return
-    check_tensor("sinks", sinks)
-    if sinks.shape != (q.shape[2],) or not sinks.is_floating_point():
-        raise ValueError(
-            f"sinks must be one logit a head, floating point of shape ({q.shape[2]},), got "
-            f"{describe(sinks)}"
-        )
-    if sinks.device != q.device:
-        raise ValueError(f"sinks must be on {q.device} like q, got {describe(sinks)}")
+    check_modifiers(frame, problem.mask, problem.bias, problem.sinks)
 
 
 def _refuse_gradients(problem: CacheProblem) -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
 from torch import Tensor
 
 from fastattn import dispatch
 from fastattn.biases import Bias
-from fastattn.cache_problem import make_cache_problem
+from fastattn.cache_problem import CacheProblem, make_cache_problem
 from fastattn.dispatch import Explanation
 from fastattn.masks import Mask
 from fastattn.merge_problem import make_merge_problem
 from fastattn.quantized import Quantized
 from fastattn.rotary import Rotary
 from fastattn.validation import check_tensor
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def attention_with_kv_cache(
@@ -96,8 +104,7 @@ def attention_with_kv_cache(
         RuntimeError: a tensor requires grad while grad mode is on: there is no gradient here.
         NotImplementedError: `impl` was named and cannot serve the call; lists every reason.
     """
-    check_tensor("q", q)
-    problem = make_cache_problem(
+    problem = _attention_problem(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, block_table=block_table,
         rotary=rotary, causal=causal, mask=mask, bias=bias, softmax_scale=softmax_scale,
         softcap=softcap, sinks=sinks, batch_invariant=batch_invariant, return_lse=return_lse,
@@ -177,34 +184,49 @@ def merge_attention_states(
     return dispatch.run(make_merge_problem(out_a, lse_a, out_b, lse_b), impl)
 
 
-def explain_with_kv_cache(
-    q: Tensor,
-    k_cache: Tensor | Quantized,
-    v_cache: Tensor | Quantized,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    *,
-    cache_seqlens: Tensor | int | None = None,
-    block_table: Tensor | None = None,
-    rotary: Rotary | None = None,
-    causal: bool = False,
-    mask: Mask | Tensor | None = None,
-    bias: Bias | Tensor | None = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    batch_invariant: bool = False,
-    return_lse: bool = False,
-    impl: str = "auto",
-) -> Explanation:
+def _takes_the_arguments_of(
+    model: Callable[_Arguments, object],
+) -> Callable[[Callable[..., _Result]], Callable[_Arguments, _Result]]:
+    """Gives a function of `*args, **options` the signature of `model`.
+
+    For type checkers and `help`, and so that a wrong call raises the TypeError that `model` would.
+    """
+    signature = inspect.signature(model)
+
+    def decorate(function: Callable[..., _Result]) -> Callable[_Arguments, _Result]:
+        @functools.wraps(function)
+        def checked(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+            try:
+                signature.bind(*args, **options)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}() {error}") from None
+            return function(*args, **options)
+
+        returns = inspect.signature(function).return_annotation
+        shown = signature.replace(return_annotation=returns)
+        checked.__signature__ = shown  # type: ignore[attr-defined]
+        return checked
+
+    return decorate
+
+
+@_takes_the_arguments_of(attention_with_kv_cache)
+def explain_with_kv_cache(*args: Any, impl: str = "auto", **options: Any) -> Explanation:
     """What `attention_with_kv_cache` with these arguments would run, and why not the others.
 
     Runs nothing and writes nothing.
+
+    Args:
+        args, impl, options: the arguments of `attention_with_kv_cache`, by the same names and in
+            the same order.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as that function describes it.
     """
+    return dispatch.explain(_attention_problem(*args, **options), impl)
+
+
+def _attention_problem(q: Tensor, *args: Any, **options: Any) -> CacheProblem:
+    """Checks a call that attends: unlike one that only appends, it has a q."""
     check_tensor("q", q)
-    problem = make_cache_problem(
-        q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, block_table=block_table,
-        rotary=rotary, causal=causal, mask=mask, bias=bias, softmax_scale=softmax_scale,
-        softcap=softcap, sinks=sinks, batch_invariant=batch_invariant, return_lse=return_lse,
-    )  # fmt: skip
-    return dispatch.explain(problem, impl)
+    return make_cache_problem(q, *args, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from fastattn import biases, masks
 from fastattn.biases import Bias
 from fastattn.dropout import Dropout
 from fastattn.masks import Causal, Frame, Mask, Packed
-from fastattn.validation import check_tensor, describe
+from fastattn.validation import check_flag, check_number, check_tensor, describe
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -123,12 +122,11 @@ def make_problem(
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
     """
-    _check_flag("causal", causal)
-    joined = None if mask is None else masks.as_mask(mask)
-    if causal:
-        joined = Causal() if joined is None else joined & Causal()
+    check_flag("causal", causal)
+    check_flag("return_lse", return_lse)
+    joined = join_causal(mask, causal)
     packed = masks.find_packed(joined)
-    q, k, v = (_autocast(tensor) for tensor in (q, k, v))
+    q, k, v = (autocast(tensor) for tensor in (q, k, v))
     q, k, v = _check_operands(q, k, v, packed)
     problem = AttentionProblem(
         q=q,
@@ -137,34 +135,21 @@ def make_problem(
         mask=joined,
         bias=None if bias is None else biases.as_bias(bias),
         packed=packed,
-        softmax_scale=_check_scale(softmax_scale, q.shape[-1]),
-        softcap=_check_number("softcap", softcap, "0 (off) or a positive number", low=0.0),
+        softmax_scale=check_softmax_scale(softmax_scale, q.shape[-1]),
+        softcap=check_softcap(softcap),
         sinks=sinks,
         dropout=_check_dropout(dropout_p, dropout_seed, q.device),
         return_lse=return_lse,
     )
-    _check_flag("return_lse", return_lse)
     seqlen_q, seqlen_k = problem.frame_seqlens
-    frame = Frame(problem.num_sequences, q.shape[-2], seqlen_q, seqlen_k, q.device)
     if packed is not None:
         packed.check_totals(q.shape[0], k.shape[0], q.device)
-    if joined is not None:
-        joined.check(frame)
-    if problem.bias is not None:
-        problem.bias.check(frame)
-    if sinks is not None:
-        check_tensor("sinks", sinks)
-        if sinks.shape != (q.shape[-2],) or not sinks.is_floating_point():
-            raise ValueError(
-                f"sinks must be one logit a head, floating point of shape ({q.shape[-2]},), "
-                f"got {describe(sinks)}"
-            )
-        if sinks.device != q.device:
-            raise ValueError(f"sinks must be on {q.device} like q, got {describe(sinks)}")
+    frame = Frame(problem.num_sequences, q.shape[-2], seqlen_q, seqlen_k, q.device)
+    check_modifiers(frame, joined, problem.bias, sinks)
     return problem
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def autocast(tensor: Tensor) -> Tensor:
     """Within torch.autocast, the cast that torch's scaled_dot_product_attention makes."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return tensor
@@ -174,6 +159,73 @@ def _autocast(tensor: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
+
+
+def join_causal(mask: Mask | Tensor | None, causal: bool) -> Mask | None:
+    """The mask that the arguments `mask` and `causal` are together."""
+    joined = None if mask is None else masks.as_mask(mask)
+    if not causal:
+        return joined
+    return Causal() if joined is None else joined & Causal()
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless attention is defined for the tensor's dtype."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {describe(tensor)}"
+        )
+
+
+def check_head_dim(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless the last dimension is one that attention takes."""
+    if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim of {name} must be 1 to {MAX_HEAD_DIM}, got {describe(tensor)}")
+
+
+def check_values_match(k_name: str, k: Tensor, v_name: str, v: Tensor) -> None:
+    """Raises ValueError unless keys and values differ in their last dimension at most."""
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"{v_name} must agree with {k_name} ({describe(k)}) in all but its last dimension, "
+            f"got {describe(v)}"
+        )
+
+
+def check_softmax_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on q @ k.T, with its default filled in."""
+    if scale is None:
+        return head_dim**-0.5
+    return check_number("softmax_scale", scale, "a finite number, or None for head_dim ** -0.5")
+
+
+def check_softcap(softcap: float) -> float:
+    """The softcap as a float, 0 where there is none."""
+    return check_number("softcap", softcap, "0 (off) or a positive number", low=0.0)
+
+
+def check_modifiers(
+    frame: Frame, mask: Mask | None, bias: Bias | None, sinks: Tensor | None
+) -> None:
+    """Raises TypeError or ValueError unless mask, bias and sinks fit queries and keys."""
+    if mask is not None:
+        mask.check(frame)
+    if bias is not None:
+        bias.check(frame)
+    if sinks is not None:
+        check_sinks(sinks, frame.num_heads, frame.device)
+
+
+def check_sinks(sinks: Tensor, num_heads: int, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless `sinks` are floating (num_heads,) on the device."""
+    check_tensor("sinks", sinks)
+    if sinks.shape != (num_heads,) or not sinks.is_floating_point():
+        raise ValueError(
+            f"sinks must be one logit a head, floating point of shape ({num_heads},), got "
+            f"{describe(sinks)}"
+        )
+    if sinks.device != device:
+        raise ValueError(f"sinks must be on {device} like q, got {describe(sinks)}")
 
 
 def _check_operands(
@@ -191,10 +243,7 @@ def _check_operands(
                 f"{name} must be (batch, seqlen, num_heads, head_dim), or with a Packed mask "
                 f"(total, num_heads, head_dim), got {describe(tensor)}"
             )
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} must be float16, bfloat16, float32 or float64, got {describe(tensor)}"
-            )
+        check_dtype(name, tensor)
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise TypeError(
                 f"{name} must have the dtype and device of q ({describe(q)}), got "
@@ -206,19 +255,13 @@ def _check_operands(
             )
     if packed is not None and q.dim() == 4:
         q, k, v = q[0], k[0], v[0]
-    if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(
-            f"v must agree with k ({describe(k)}) in all but its last dimension, got {describe(v)}"
-        )
+    check_values_match("k", k, "v", v)
     if packed is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have the batch size of q, {q.shape[0]}, got {describe(k)}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k must have the head_dim of q, {q.shape[-1]}, got {describe(k)}")
-    for name, tensor in (("q", q), ("v", v)):
-        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"head_dim of {name} must be 1 to {MAX_HEAD_DIM}, got {describe(tensor)}"
-            )
+    check_head_dim("q", q)
+    check_head_dim("v", v)
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(
             f"num_heads of q must be a multiple of num_heads of k, got {q.shape[-2]} and "
@@ -228,7 +271,7 @@ def _check_operands(
 
 
 def _check_dropout(p: float, seed: Tensor | None, device: torch.device) -> Dropout | None:
-    p = _check_number("dropout_p", p, "a probability in [0, 1)", 0.0, 1.0)
+    p = check_number("dropout_p", p, "a probability in [0, 1)", 0.0, 1.0)
     if seed is not None:
         check_tensor("dropout_seed", seed)
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
@@ -238,29 +281,3 @@ def _check_dropout(p: float, seed: Tensor | None, device: torch.device) -> Dropo
             )
         seed = seed.reshape(1)
     return Dropout(p, seed) if p > 0 else None
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def _check_scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    return _check_number("softmax_scale", scale, "a finite number, or None for head_dim ** -0.5")
-
-
-def _check_number(
-    name: str,
-    value: float,
-    expected: str,
-    low: float = -math.inf,
-    high: float = math.inf,
-) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {expected}, got {value!r}")
-    # Comparisons that a NaN fails too: torch.compile knows no isfinite of a symbolic number.
-    if not (-math.inf < value < math.inf and low <= value < high):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return float(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +52,32 @@ def check_tensor(name: str, value: Any) -> None:
     """Raises TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {value!r} ({type(value).__name__})")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: float,
+    expected: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> float:
+    """`value` as a float; raises unless it is a finite number, low <= value < high.
+
+    Args:
+        expected: what the message says that it must be.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    # Comparisons that a NaN fails too: torch.compile knows no isfinite of a symbolic number.
+    if not (-math.inf < value < math.inf and low <= value < high):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return float(value)
 
 
 def check_lengths(name: str, value: Any, size: int, highest: int, device: torch.device) -> None:

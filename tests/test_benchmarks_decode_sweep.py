@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from benchmarks.decode_cases import (
     make_decode_inputs,
 )
 from benchmarks.measure import rank
+from tests.bad_arguments import check
 
 CPU = torch.device("cpu")
 TINY = DecodeCase(2, 96, 4, 2, 16, dtype="float32")
@@ -99,28 +102,134 @@ def test_fastest_tile_and_fastest_splits_are_tried_together() -> None:
     assert decode_sweep.joint_config([row for row in rows if not row["current"]]) is None
 
 
+def swept_file(folder: Path, rows: list[dict[str, Any]]) -> str:
+    environment = {"device": "TEST", "date": "2000-01-01T00:00", "torch": "0", "triton": "0"}
+    path = folder / "test-2000.json"
+    path.write_text(json.dumps({"environment": environment, "rows": rows}))
+    return str(path)
+
+
 def test_winner_becomes_source_that_names_its_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    environment = {"device": "TEST", "date": "2000-01-01T00:00", "torch": "0", "triton": "0"}
-    path = tmp_path / "test-2000.json"
-    path.write_text(json.dumps({"environment": environment, "rows": swept_rows()}))
-    assert decode_sweep.main([str(path)]) == 0
+    assert decode_sweep.main([swept_file(tmp_path, swept_rows())]) == 0
     table = capsys.readouterr().out
     assert "benchmarks/results/test-2000.json" in table
     assert "16 x 8k, contiguous: 16 splits" in table
     names: dict[str, Any] = {}
-    exec(table, names)
+    exec(table, {"TileClass": tuple}, names)
     # Not the tile that is best on one case and was not timed on the other.
     key = ("sm_90", "bfloat16", 128, "contiguous")
     assert names["MEASURED_TILES"] == {key: (16, 64, 4, 3)}
-    target = tmp_path / "config.py"
-    target.write_text("A = 1\n")
-    for _ in range(2):
-        assert decode_sweep.main([str(path), "--write", str(target)]) == 0
-    assert target.read_text() == f"A = 1\n\n{table}"
-    path.write_text(json.dumps({"environment": environment, "rows": []}))
-    assert decode_sweep.main([str(path)]) == 1 and decode_sweep.main([str(tmp_path / "no")]) == 2
+    assert decode_sweep.main([swept_file(tmp_path, [])]) == 1
+    assert decode_sweep.main([str(tmp_path / "no")]) == 2
+
+
+@pytest.fixture
+def config_source(tmp_path: Path) -> Path:
+    """A copy of decode_config.py to write to."""
+    from fastattn.kernels.attention import decode_config
+
+    assert decode_config.__file__ is not None
+    return Path(shutil.copy(decode_config.__file__, tmp_path / "config.py"))
+
+
+def test_dispatch_chooses_the_written_winners(config_source: Path) -> None:
+    case = DecodeCase(1, 8192)
+    paged = replace(case, block_size=16, stored="int8")
+    rows = [sweep_row(case, 1.0, block_n=32, num_warps=8, num_stages=5)]
+    rows.append(sweep_row(replace(paged, head_dim=256), 1.0, block_n=16, num_stages=4))
+    before = runpy.run_path(str(config_source))
+    path = swept_file(config_source.parent, rows)
+    for _ in range(2):  # in place of the empty table, and of its own
+        assert decode_sweep.main([path, "--write", str(config_source)]) == 0
+    after = runpy.run_path(str(config_source))
+    assert config_source.read_text().count("MEASURED_TILES: ") == 1
+    assert len(after["MEASURED_TILES"]) == 2 and before["MEASURED_TILES"] != after["MEASURED_TILES"]
+
+    half, few = (torch.bfloat16, 4), {"quantized": False, "paged": False, "rotary": False}
+    ruled, chosen = before["decode_tile"], after["decode_tile"]
+    for head_dim in (65, 128):
+        tile = dataclasses.astuple(chosen("sm_90", head_dim, *half, 0, **few))
+        assert (
+            tile
+            == (16, 32, 8, 5, None)
+            != dataclasses.astuple(ruled("sm_90", head_dim, *half, 0, **few))
+        )
+    stored = {**few, "quantized": True, "paged": True}
+    assert dataclasses.astuple(chosen("sm_90", 256, *half, 0, **stored))[:4] == (16, 16, 4, 4)
+    # What was not measured follows the rules.
+    for chip, head_dim, dtype, num_rows, count, flags in (
+        ("sm_80", 128, torch.bfloat16, 4, 0, few),
+        ("sm_90", 64, torch.bfloat16, 4, 0, few),
+        ("sm_90", 128, torch.float16, 4, 0, few),
+        ("sm_90", 128, torch.float32, 4, 0, few),
+        ("sm_90", 128, torch.bfloat16, 17, 0, few),
+        ("sm_90", 128, torch.bfloat16, 4, 1, few),
+        ("sm_90", 128, torch.bfloat16, 4, 0, stored),
+        ("interpreter", 128, torch.bfloat16, 4, 0, few),
+    ):
+        arguments = (chip, head_dim, dtype, num_rows, count)
+        assert chosen(*arguments, **flags) == ruled(*arguments, **flags)
+
+
+def test_a_measured_tile_is_the_one_that_a_step_runs_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn.kernels.attention import decode_config as configs
+
+    monkeypatch.setattr(configs, "chip_of", lambda device: "sm_120")
+    monkeypatch.setattr(configs, "program_slots", lambda device: 264)
+    case = DecodeCase(4, 8192, block_size=16)
+    ruled = decode_sweep.current_config(case, CPU)
+    key = ("sm_120", "bfloat16", 128, "paged")
+    monkeypatch.setitem(configs.MEASURED_TILES, key, (16, 64, 8, 4))
+    chosen = decode_sweep.current_config(case, CPU)
+    assert chosen[:4] == (16, 64, 8, 4) != ruled[:4]
+    assert decode_sweep.current_config(replace(case, block_size=0), CPU)[:4] == (*ruled[:3], 2)
+
+
+GOOD = (("sm_90", "bfloat16", 128, "paged"), (16, 64, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("key", "tile", "words"),
+    [
+        (("sm_99", "bfloat16", 128, "paged"), GOOD[1], ("chip must be one of", "'sm_99'")),
+        (("sm_90", "float32", 128, "paged"), GOOD[1], ("dtype must be one of", "'float32'")),
+        (("sm_90", "bfloat16", 96, "paged"), GOOD[1], ("head_dim must be one of", "got 96")),
+        (("sm_90", "bfloat16", 128, "paged 16"), GOOD[1], ("cache must be one of", "'paged 16'")),
+        (("sm_90", "bfloat16", 128), GOOD[1], ("must be (chip, dtype, head_dim, cache)",)),
+        (GOOD[0], (16, 64, 4), ("(block_m, block_n, num_warps, num_stages)",)),
+        (GOOD[0], (32, 64, 4, 3), ("block_m must be 16, got 32",)),
+        (GOOD[0], (16, 48, 4, 3), ("block_n must be a power of two in 16..256, got 48",)),
+        (GOOD[0], (16, 8, 4, 3), ("block_n must be a power of two in 16..256, got 8",)),
+        (GOOD[0], (16, 64, 3, 3), ("num_warps must be a power of two in 1..16, got 3",)),
+        (GOOD[0], (16, 64, 4, 0), ("num_stages must lie in 1..8, got 0",)),
+    ],
+)
+def test_a_bad_measured_tile_is_refused(
+    key: Any, tile: Any, words: tuple[str, ...], config_source: Path
+) -> None:
+    table = f"MEASURED_TILES = {{{GOOD[0]}: {GOOD[1]}, {key}: {tile}}}\n"
+    decode_sweep.write_source(table, config_source)
+    check(
+        lambda: runpy.run_path(str(config_source)),
+        ValueError,
+        (f"MEASURED_TILES[{key!r}] = {tile!r}: ", *words),
+    )
+
+
+def test_what_dispatch_would_refuse_is_not_written(
+    config_source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = config_source.read_text()
+    path = swept_file(config_source.parent, [sweep_row(DecodeCase(1, 8192), 1.0, num_warps=3)])
+    assert decode_sweep.main([path, "--write", str(config_source)]) == 2
+    assert "num_warps must be a power of two in 1..16, got 3" in capsys.readouterr().err
+    assert config_source.read_text() == before
+    config_source.write_text("A = 1\n")
+    path = swept_file(config_source.parent, swept_rows())
+    assert decode_sweep.main([path, "--write", str(config_source)]) == 2
+    assert "must hold a table MEASURED_TILES" in capsys.readouterr().err
 
 
 # --- targets, tables and plots, from rows that no device measured

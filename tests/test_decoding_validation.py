@@ -5,8 +5,10 @@ And the cache is as it was.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,15 +27,10 @@ from fastattn import (
     dispatch,
 )
 from fastattn.validation import device_checks
+from tests.bad_arguments import Case, check, made, ones
 
 BATCH, SEQLEN, CAPACITY, HEADS, HEADS_KV, DIM, DIM_V = 2, 3, 12, 4, 2, 8, 6
 BLOCKS, BLOCK_SIZE = 7, 4
-
-Case = tuple[dict[str, Any], type[Exception], tuple[str, ...]]
-
-
-def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.ones(shape, dtype=dtype)
 
 
 def operands(paged: bool = False, **changes: Any) -> dict[str, Any]:
@@ -397,27 +394,14 @@ ATTENTION: dict[str, Case] = {
 }
 
 
-def check(call: Callable[[], Any], error: type[Exception], words: tuple[str, ...]) -> None:
-    with pytest.raises(error) as raised:
-        call()
-    assert type(raised.value) is error
-    for word in words:
-        assert word in str(raised.value)
-
-
 def call_badly(function: Callable[..., Any], case: Case) -> None:
     changes, error, words = case
     given = operands(**changes)
     caches = [given[name] for name in ("k_cache", "v_cache") if isinstance(given[name], Tensor)]
     before = [cache if cache.is_meta else cache.detach().clone() for cache in caches]
 
-    def call() -> Any:
-        # Masks, biases and tables check some of it when they are made.
-        return function(
-            **{key: value() if callable(value) else value for key, value in given.items()}
-        )
-
-    check(call, error, words)
+    # Masks, biases and tables check some of it when they are made.
+    check(lambda: function(**made(given)), error, words)
     for cache, old in zip(caches, before, strict=True):
         assert cache.is_meta or torch.equal(cache, old)
 
@@ -435,6 +419,24 @@ def test_bad_argument_of_explain(name: str) -> None:
         assert explained.chosen == "nothing: raises NotImplementedError"
     else:
         call_badly(fastattn.explain_with_kv_cache, case)
+
+
+def test_explain_takes_the_arguments_of_attention() -> None:
+    attention, explain = fastattn.attention_with_kv_cache, fastattn.explain_with_kv_cache
+    parameters = inspect.signature(attention).parameters
+    assert inspect.signature(explain).parameters == parameters
+    given = operands()
+    seqlens = given.pop("cache_seqlens")
+    explained = explain(*given.values(), cache_seqlens=seqlens, causal=True, impl="sdpa")
+    assert explained.chosen == "sdpa"
+    call = "explain_with_kv_cache() "
+    for args, options, words in (
+        (given.values(), {"casual": True}, ("unexpected keyword argument 'casual'",)),
+        (list(given.values())[:2], {}, ("missing a required argument: 'v_cache'",)),
+        ((*given.values(), seqlens), {}, ("too many positional arguments",)),
+        (given.values(), {"k": None}, ("multiple values for argument 'k'",)),
+    ):
+        check(partial(explain, *args, **options), TypeError, (call, *words))
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pytest
@@ -14,9 +13,9 @@ import fastattn
 from fastattn import ALiBi, Causal, Lengths, Packed, Prefix, T5Bias, Window, alibi_slopes, torch_ops
 from fastattn.testing import WorkMeter
 from fastattn.validation import device_checks
+from tests.bad_arguments import Case, check, made, ones
 
 BATCH, SEQLEN_Q, SEQLEN_K, HEADS, HEADS_KV, DIM = 2, 5, 7, 4, 2, 8
-Call = Callable[[str], Any]
 
 
 @pytest.fixture
@@ -47,13 +46,7 @@ def packed_operands(device: str, total: int = 9) -> dict[str, Tensor]:
     return {name: torch.ones(total, HEADS, DIM, device=device) for name in "qkv"}
 
 
-def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.ones(shape, dtype=dtype)
-
-
-# Each case: changed arguments, the error, and what the message must say: the argument, the value
-# that it had, and what was expected.
-CASES: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
+CASES: dict[str, Case] = {
     "q of rank 3": (
         {"q": ones(5, 4, 8)},
         ValueError,
@@ -290,22 +283,13 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
 }
 
 
-def check(call: Callable[[], Any], error: type[Exception], words: tuple[str, ...]) -> None:
-    with pytest.raises(error) as raised:
-        call()
-    assert type(raised.value) is error
-    for word in words:
-        assert word in str(raised.value)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_bad_argument(name: str, no_launch: None) -> None:
     changes, error, words = CASES[name]
 
     def call() -> Any:
         # Masks and biases check some of it when they are made.
-        made = {key: value() if callable(value) else value for key, value in changes.items()}
-        return fastattn.attention(**{"impl": "triton", **operands("cpu", **made)})
+        return fastattn.attention(**{"impl": "triton", **operands("cpu", **made(changes))})
 
     check(call, error, words)
 
@@ -421,7 +405,7 @@ def test_values_on_a_gpu_are_checked_in_debug_mode_only() -> None:
 
 # Attention weights.
 
-WEIGHTS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
+WEIGHTS: dict[str, Case] = {
     "head out of range": ({"heads": [0, 4]}, ValueError, ("heads must lie in 0..3", "0..4")),
     "negative row": ({"rows": [-1]}, ValueError, ("rows must lie in 0..4", "-1..-1")),
     "rows of floats": (

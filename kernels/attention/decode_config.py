@@ -1,6 +1,6 @@
 """Tiles of the decoding kernels, and how many programs share the keys of a sequence.
 
-Like the tiles in `config.py` they follow compile reports; none has been timed yet.
+Like the tiles in `config.py` they follow compile reports, where MEASURED_TILES has no entry.
 """
 
 import functools
@@ -12,6 +12,8 @@ from fastattn.kernels.attention.cached_keys import CachedKeys
 from fastattn.kernels.attention.config import TileConfig, chip_of, select_forward_config
 from fastattn.kernels.attention.operands import Modifiers
 
+# Query rows of the smallest tile: those that one token of a group of heads has, or a few tokens.
+FEW_ROWS = 16
 # New tokens that the attention kernel appends itself: a tile as tensor cores want it at least.
 NEW_ROWS = 16
 # Rows that a program of the append kernel writes.
@@ -89,6 +91,62 @@ _HALF_TILES: dict[str, dict[int, tuple[int, int]]] = {
     "gfx942": {64: (64, 1), 128: (64, 1), 256: (32, 1)},
 }
 
+_HEAD_DIMS = (64, 128, 256)
+# What the parts of a key in MEASURED_TILES may be. Not float32: it takes a register limit.
+_CLASS_PARTS = {
+    "chip": tuple(_HALF_TILES),
+    "dtype": ("float16", "bfloat16"),
+    "head_dim": _HEAD_DIMS,
+    "cache": ("contiguous", "contiguous, quantized", "paged", "paged, quantized"),
+}
+TileClass = tuple[str, str, int, str]
+
+# Measured on no device yet: see `benchmarks/decode_sweep.py`, which writes this table.
+# (chip, dtype, head_dim, cache): (block_m, block_n, num_warps, num_stages)
+MEASURED_TILES: dict[TileClass, tuple[int, int, int, int]] = {}
+
+
+def tile_class(chip: str, dtype: str, head_dim: int, *, quantized: bool, paged: bool) -> TileClass:
+    """The key in MEASURED_TILES of a step of few rows: one token, or a few.
+
+    Args:
+        chip: as `chip_of` names it.
+        dtype: of q, a name in torch.
+        head_dim: the larger of the key and value head dimensions; up to 256.
+    """
+    limit = next(limit for limit in _HEAD_DIMS if head_dim <= limit)
+    cache = "paged" if paged else "contiguous"
+    return chip, dtype, limit, f"{cache}, quantized" if quantized else cache
+
+
+def check_measured_tiles(table: dict[TileClass, tuple[int, int, int, int]]) -> None:
+    """Raises ValueError, naming the entry, unless keys can occur and tiles have sizes that compile.
+
+    Registers and shared memory are not looked at: the compile report does, for each tile in use.
+    """
+    for key, tile in table.items():
+        entry = f"MEASURED_TILES[{key!r}] = {tile!r}:"
+        if len(key) != len(_CLASS_PARTS) or len(tile) != 4:
+            raise ValueError(
+                f"{entry} must be ({', '.join(_CLASS_PARTS)}): (block_m, block_n, num_warps, "
+                "num_stages)"
+            )
+        for part, (name, known) in zip(key, _CLASS_PARTS.items(), strict=True):
+            if part not in known:
+                raise ValueError(f"{entry} {name} must be one of {known}, got {part!r}")
+        block_m, block_n, num_warps, num_stages = tile
+        if block_m != FEW_ROWS:
+            raise ValueError(f"{entry} block_m must be {FEW_ROWS}, got {block_m}")
+        if block_n not in (16, 32, 64, 128, 256):
+            raise ValueError(f"{entry} block_n must be a power of two in 16..256, got {block_n}")
+        if num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"{entry} num_warps must be a power of two in 1..16, got {num_warps}")
+        if num_stages not in range(1, 9):
+            raise ValueError(f"{entry} num_stages must lie in 1..8, got {num_stages}")
+
+
+check_measured_tiles(MEASURED_TILES)
+
 
 def decode_tile(
     chip: str,
@@ -104,8 +162,16 @@ def decode_tile(
     """The tile for `num_rows` query rows of a group; the forward pass's where they are many.
 
     `num_modifiers` is `Modifiers.count`; scales, block numbers and angles need registers as well.
+    Few rows without modifiers have the tile of MEASURED_TILES, if there is one for their class.
     """
-    block_m = 16 if num_rows <= 16 else 32
+    if num_rows <= FEW_ROWS and num_modifiers == 0 and chip != "interpreter":
+        name = str(dtype).removeprefix("torch.")
+        measured = MEASURED_TILES.get(
+            tile_class(chip, name, head_dim, quantized=quantized, paged=paged)
+        )
+        if measured is not None:
+            return TileConfig(*measured)
+    block_m = FEW_ROWS if num_rows <= FEW_ROWS else 32
     if chip == "interpreter":
         return TileConfig(block_m if num_rows <= 32 else 64, 64, 4, 1)
     # Four of AMD's warps may use 512 registers each, more of them only 256.
@@ -195,9 +261,10 @@ def select_decode_config(
         num_tiles = -(-cached.capacity // tile.block_n)
         if modifiers.window_left >= 0:
             num_tiles = min(num_tiles, -(-(modifiers.window_left + seqlen_q) // tile.block_n) + 1)
-        # A split's tiles are to be more than the partial results that it costs, which are float32,
-        # written and read: 8 bytes an element, against two of a key or value.
-        num_tiles //= max(1, -(-4 * num_rows // tile.block_n // 2))
+        # A split must read more than it costs. It costs partial results, float32, written and read:
+        # 8 bytes a row and dimension. A tile is 4 bytes a key and dimension: 2 of key, 2 of value.
+        fewest_tiles = max(1, -(-2 * num_rows // tile.block_n))
+        num_tiles //= fewest_tiles
         num_programs = batch * num_key_heads * -(-num_rows // tile.block_m)
         num_splits = select_num_splits(num_programs, max(1, num_tiles), program_slots(q.device))
     return DecodeConfig(

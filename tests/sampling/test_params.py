@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn import SamplingParams
-from fastattn.sampling.params import clamp
+from fastattn import SamplerState, SamplingParams, sample
+from fastattn.sampling.params import FLOAT_MAX, clamp
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,57 @@ def test_values_of_the_wrong_type_raise(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
 
 
-def test_ends_of_the_ranges_are_accepted() -> None:
-    SamplingParams(temperature=0.0, top_k=0, top_p=0.0, min_p=1.0, min_tokens_to_keep=1, seed=-1)
-    SamplingParams(temperature=1, top_p=1, repetition_penalty=1e-3, presence_penalty=-2)
+# Four tokens whose likeliest is drawn in less than half of the cases.
+LOGITS = torch.tensor([[0.0, 0.1, 0.3, 0.2]]).expand(256, -1)
+SEEDS = torch.arange(256)
+ALL = {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "drawn"),
+    [
+        ("temperature", 0.0, {2}), ("top_k", 1, {2}), ("top_p", 0.0, {2}), ("min_p", 1.0, {2}),
+        ("temperature", FLOAT_MAX, ALL), ("top_k", 0, ALL), ("top_k", 2**31 - 1, ALL),
+        ("top_p", 1, ALL), ("min_p", 0, ALL),
+        # Token 1 was in the prompt, 3 was drawn once.
+        ("repetition_penalty", 1e-3, {1}), ("repetition_penalty", 1, ALL),
+        ("presence_penalty", -FLOAT_MAX, {3}), ("presence_penalty", FLOAT_MAX, {0, 1, 2}),
+        ("frequency_penalty", -FLOAT_MAX, {3}), ("frequency_penalty", FLOAT_MAX, {0, 1, 2}),
+    ],
+)  # fmt: skip
+def test_ends_of_the_ranges_are_accepted_and_drawn_by(
+    name: str, value: float, drawn: set[int]
+) -> None:
+    params = SamplingParams(**{name: value}, seed=SEEDS)
+    assert getattr(params, name) == value
+    state = SamplerState.from_prompt(torch.ones(256, 1, dtype=torch.int64), 4, counts=True)
+    assert state.counts is not None
+    state.counts[:, 3] = 1
+    tokens = sample(LOGITS, params, state)
+    assert isinstance(tokens, torch.Tensor)
+    assert set(tokens.tolist()) == drawn
+
+
+@pytest.mark.parametrize(("keep", "drawn"), [(1, {2}), (2, {2, 3}), (4, ALL)])
+def test_tokens_to_keep_bound_the_cut(keep: int, drawn: set[int]) -> None:
+    params = SamplingParams(top_k=1, top_p=0.0, min_p=1.0, min_tokens_to_keep=keep, seed=SEEDS)
+    tokens = sample(LOGITS, params)
+    assert isinstance(tokens, torch.Tensor)
+    assert set(tokens.tolist()) == drawn
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
+def test_seeds_at_the_ends_draw_as_their_tensors_do(seed: int) -> None:
+    params = SamplingParams(seed=seed)
+    assert params.seed == seed
+    rows = torch.linspace(0, 1, 4000).expand(4, -1)
+    by_number, by_tensor = (
+        sample(rows, SamplingParams(seed=key)) for key in (seed, torch.full((4,), seed))
+    )
+    assert isinstance(by_number, torch.Tensor) and isinstance(by_tensor, torch.Tensor)
+    assert torch.equal(by_number, by_tensor)
+    assert by_number.unique().numel() == 1  # equal rows and seeds
+    assert not torch.equal(by_number, sample(rows, SamplingParams(seed=12)))
 
 
 @pytest.mark.parametrize(
