@@ -21,15 +21,15 @@ from fastattn.cache_problem import CacheProblem
 from fastattn.merge_problem import MergeProblem
 from fastattn.problem import AttentionProblem
 from fastattn.sampling import reference as sampling_reference
-from fastattn.sampling import torch_path
+from fastattn.sampling import cpu as sampling_cpu
 from fastattn.sampling.problem import SampleProblem
 from fastattn.testing.interpreter import is_interpreting
 
 # What "auto" tries, in order. On CPU, kernels run only in Triton's interpreter, which is for
 # verification: they must be asked for by name.
 AUTO = {
-    "cuda": ("triton", "sdpa", "torch", "reference"),
-    "cpu": ("sdpa", "torch", "reference"),
+    "cuda": ("triton", "sdpa", "reference"),
+    "cpu": ("sdpa", "cpu", "reference"),
 }
 
 listeners: list[Callable[[str, Any], None]] = []
@@ -191,7 +191,7 @@ MERGE_IMPLEMENTATIONS = _table(
 
 SAMPLE_IMPLEMENTATIONS = _table(
     Implementation("triton", _triton_cache_reasons, _run_triton_sample),
-    Implementation("torch", torch_path.unsupported_reasons, torch_path.run),
+    Implementation("cpu", sampling_cpu.unsupported_reasons, sampling_cpu.run),
     Implementation("reference", _no_reasons, sampling_reference.run),
 )
 """Those of drawing tokens."""

@@ -78,7 +78,8 @@ class FastattnSampler(LogitsProcessor):  # type: ignore[misc]
     Args:
         params: how to draw. A `seed` that is a number is that of every row: with
             num_return_sequences > 1 give a tensor of one a sequence, or None.
-        pad_token_id: tokens of this id that lead a prompt are padding, which was not seen.
+        pad_token_id: tokens of this id that lead a prompt are padding, which was not seen; but
+            for the last of a prompt, which T5 and its kin start with.
         attention_mask: (batch, seqlen), or (batch / num_return_sequences, seqlen), non-zero for
             the real tokens of the prompt; instead of `pad_token_id`, for a single prompt.
         generation_config: that of the call, to be checked against `params`.
@@ -173,6 +174,7 @@ class FastattnSampler(LogitsProcessor):  # type: ignore[misc]
             real[:, : self._prompt_length] = _mask_of_rows(self.attention_mask, prompt)
         elif self.pad_token_id is not None:
             leading = (prompt != self.pad_token_id).cumsum(1) == 0
+            leading[:, -1] = False
             real[:, : self._prompt_length] = ~leading
         state = SamplerState.from_prompt(input_ids, vocab_size, real, self.params.needs_counts)
         state.step.fill_(output.shape[1])

@@ -36,9 +36,9 @@ def sample(
             impl="reference".
         params: how to draw; see `SamplingParams`.
         state: what was seen, counted and drawn before, needed for penalties; updated in place.
-        impl: "auto", or "triton" (one launch), "torch" (plain torch, without a full sort: reads
-            settings and sums on the host), "reference" (the specification). One that is named
-            runs or raises. "auto" takes "triton" on a GPU and "torch" on the CPU.
+        impl: "auto", or "triton" (one launch), "cpu" (NumPy on one core, without a full sort),
+            "reference" (the specification). One that is named runs or raises. "auto" takes
+            "triton" on a GPU and "cpu" on the CPU.
 
     Returns:
         int64 (batch,); with `params.logprobs` a `Sample` with log-probabilities. `ERROR_TOKEN`, -1,

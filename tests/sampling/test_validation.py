@@ -14,7 +14,7 @@ from fastattn.sampling.problem import make_sample_problem
 from fastattn.testing import debug
 
 BATCH, VOCAB = 3, 70
-IMPLS = ["torch", "reference"]
+IMPLS = ["cpu", "reference"]
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,10 @@ def test_states_that_do_not_fit_raise() -> None:
 def test_implementations_run_or_raise_with_reasons() -> None:
     with pytest.raises(ValueError, match="impl must be one of"):
         sample(torch.zeros(1, 5), impl="sdpa")
-    with pytest.raises(NotImplementedError, match="float64 is not in the torch path"):
-        sample(torch.zeros(1, 5, dtype=torch.float64), impl="torch")
+    with pytest.raises(NotImplementedError, match="float64 is not in the CPU path"):
+        sample(torch.zeros(1, 5, dtype=torch.float64), impl="cpu")
     problem = make_sample_problem(torch.zeros(1, 5), SamplingParams(), None)
-    assert dispatch.select(problem).name == "torch"
+    assert dispatch.select(problem).name == "cpu"
     double = make_sample_problem(torch.zeros(1, 5, dtype=torch.float64), SamplingParams(), None)
     assert dispatch.select(double).name == "reference"
     assert "torch: runs" in str(dispatch.explain(problem))

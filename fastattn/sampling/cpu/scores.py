@@ -28,6 +28,20 @@ def scratch(name: str, *shape: int) -> NDArray:
     return buffers[name][:size].reshape(shape)
 
 
+def few_places(flags: NDArray) -> NDArray:
+    """Where flags, bool (n,), are set: `flatnonzero`, but quick where few are.
+
+    Eight flags are looked at at once.
+    """
+    end = len(flags) // 8 * 8
+    words = flags[:end].view(np.uint64).nonzero()[0]
+    word, bit = flags[:end].reshape(-1, 8)[words].nonzero()
+    places = words[word] * 8 + bit
+    if end == len(flags):
+        return places
+    return np.concatenate((places, end + flags[end:].nonzero()[0]))
+
+
 @dataclass(frozen=True, eq=False)
 class Settings:
     """The numbers of each row, as arrays (batch,); what is off is neutral."""
@@ -41,6 +55,8 @@ class Settings:
     repetition: NDArray | None  # float32, None where off for all
     presence: NDArray | None
     frequency: NDArray | None
+    uncut: NDArray  # bool, nothing is cut at all
+    cuts_mass_of_all: NDArray  # bool, top_p is a share of all tokens' mass
     joint: bool
     # Whether any row has one at all.
     divides: bool
@@ -80,18 +96,20 @@ class Settings:
         top_p[top_p >= 1] = np.inf
         min_p = rows("min_p", np.float32)
         params = problem.params
+        all_k, all_p = top_k >= vocab_size, np.isinf(top_p)
         return Settings(
             temperature, greedy, top_k, top_p, min_p, least,
             rows("repetition_penalty", np.float32) if params.needs_seen else None,
             rows("presence_penalty", np.float32) if params.needs_counts else None,
             rows("frequency_penalty", np.float32) if params.needs_counts else None,
-            params.joint, bool((temperature != 1).any()), bool(np.isfinite(top_p).any()),
+            all_k & all_p & (min_p <= 0), ~all_p & (all_k | params.joint),
+            params.joint, bool((temperature != 1).any()), bool((~all_p).any()),
             bool((min_p > 0).any()), bool((least > 1).any()),
         )  # fmt: skip
 
-    def take(self, rows: NDArray) -> Settings:
-        """Those of some rows, in ascending order."""
-        if len(rows) == len(self.top_k):
+    def take(self, rows: slice) -> Settings:
+        """Those of some rows."""
+        if rows.stop - rows.start == len(self.top_k):
             return self
         taken = {}
         for item in fields(self):
@@ -113,9 +131,15 @@ def scores(problem: SampleProblem, settings: Settings, rows: slice) -> NDArray:
             return given
         return np.divide(given, temperature, out=scratch("scores", *given.shape))
     values = scratch("scores", *given.shape)
+    params = problem.params
+    if settings.repetition is not None and not _changes_more(problem):
+        # The commonest: divided while copied, and only what was seen is computed anew.
+        np.divide(given, temperature, out=values)
+        row, token = _seen(problem, rows)
+        values[row, token] = _repeated(settings, rows, row, given[row, token]) / temperature[row, 0]
+        return values
     np.copyto(values, given)
     _penalize(problem, settings, rows, values)
-    params = problem.params
     if isinstance(params.logit_bias, dict):
         tokens, bias = problem.listed_bias()
         values[:, tokens.numpy()] += bias.numpy()
@@ -139,10 +163,13 @@ def scores(problem: SampleProblem, settings: Settings, rows: slice) -> NDArray:
 
 
 def _changes(problem: SampleProblem) -> bool:
+    return problem.params.needs_seen or _changes_more(problem)
+
+
+def _changes_more(problem: SampleProblem) -> bool:
     params = problem.params
     return (
-        params.needs_seen
-        or params.needs_counts
+        params.needs_counts
         or params.logit_bias is not None
         or params.banned is not None
         or params.allowed is not None
@@ -150,27 +177,34 @@ def _changes(problem: SampleProblem) -> bool:
 
 
 def _penalize(problem: SampleProblem, settings: Settings, rows: slice, values: NDArray) -> None:
-    state = problem.state
     if settings.repetition is not None:
-        assert state is not None
-        seen = state.seen.numpy()[rows]
-        words = np.flatnonzero(seen != 0)
-        bits = np.flatnonzero(_bits(seen.ravel()[words]).view(bool))
-        word = words[bits >> 5]
-        row = word // seen.shape[1]
-        token = (word - row * seen.shape[1]) * 32 + (bits & 31)
-        penalty = settings.repetition[rows][row]
-        flat, index = values.reshape(-1), row * values.shape[1] + token
-        old = flat[index]
-        flat[index] = np.where(old > 0, old / penalty, old * penalty)
+        row, token = _seen(problem, rows)
+        values[row, token] = _repeated(settings, rows, row, values[row, token])
     if settings.presence is not None and settings.frequency is not None:
-        assert state is not None and state.counts is not None
-        counts = state.counts[rows].numpy()
+        assert problem.state is not None and problem.state.counts is not None
+        counts = problem.state.counts[rows].numpy()
         row, token = np.nonzero(counts)
         count = counts[row, token]
         presence = settings.presence[rows][row] * (count > 0)
         frequency = settings.frequency[rows][row] * count.astype(np.float32)
         values[row, token] -= presence + frequency
+
+
+def _seen(problem: SampleProblem, rows: slice) -> tuple[NDArray, NDArray]:
+    """Row and token of all that was seen, int64 (n,) each."""
+    assert problem.state is not None
+    seen = problem.state.seen.numpy()[rows]
+    words = (seen != 0).ravel().nonzero()[0]
+    word, bit = _bits(seen.ravel()[words]).reshape(-1, 32).nonzero()
+    word = words[word]
+    row = word // seen.shape[1]
+    return row, (word - row * seen.shape[1]) * 32 + bit
+
+
+def _repeated(settings: Settings, rows: slice, row: NDArray, values: NDArray) -> NDArray:
+    assert settings.repetition is not None
+    penalty = settings.repetition[rows][row]
+    return np.where(values > 0, values / penalty, values * penalty)
 
 
 def _bits(words: NDArray) -> NDArray:
