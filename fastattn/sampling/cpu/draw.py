@@ -50,8 +50,8 @@ def draw_few(
             for row in range(num_rows)
         ])  # fmt: skip
     same = (seed == seed[0]).all() and (step == step[0]).all()
-    keys = (seed[:1], step[:1]) if same else (seed[rows], step[rows])
-    total = values + gumbel(*keys, tokens, first)
+    seeds, steps = (seed[:1], step[:1]) if same else (seed[rows], step[rows])
+    total = values + gumbel(seeds, steps, tokens, first)
     highest = np.maximum.reduceat(total, starts)
     winners = np.where(total == highest[rows], tokens, vocab_size)
     result: NDArray = np.minimum.reduceat(winners, starts)

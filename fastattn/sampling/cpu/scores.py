@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +112,7 @@ class Settings:
         """Those of some rows."""
         if rows.stop - rows.start == len(self.top_k):
             return self
-        taken = {}
+        taken: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
             taken[item.name] = value[rows] if isinstance(value, np.ndarray) else value
