@@ -10,6 +10,7 @@ from fastattn.decoding import (
 from fastattn.functional import attention, attention_weights, explain
 from fastattn.masks import Causal, Lengths, Packed, Prefix, Window
 from fastattn.quantized import Quantized
+from fastattn.replacement import replace_attention
 from fastattn.rotary import Rotary
 from fastattn.sampling import SamplerState, SamplingParams, sample
 from fastattn.version import __version__
@@ -35,5 +36,6 @@ __all__ = [
     "explain",
     "explain_with_kv_cache",
     "merge_attention_states",
+    "replace_attention",
     "sample",
 ]

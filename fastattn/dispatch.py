@@ -20,8 +20,8 @@ from fastattn.biases import ALiBi, Bias, JoinedBias
 from fastattn.cache_problem import CacheProblem
 from fastattn.merge_problem import MergeProblem
 from fastattn.problem import AttentionProblem
-from fastattn.sampling import reference as sampling_reference
 from fastattn.sampling import cpu as sampling_cpu
+from fastattn.sampling import reference as sampling_reference
 from fastattn.sampling.problem import SampleProblem
 from fastattn.testing.interpreter import is_interpreting
 

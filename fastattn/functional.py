@@ -81,12 +81,12 @@ def attention(
         softcap=softcap, sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
         return_lse=return_lse,
     )  # fmt: skip
-    out_shape = (*q.shape[:-1], v.shape[-1])
     if problem.is_empty and not problem.return_lse and not problem.requires_grad:
         dispatch.select(problem, impl)
-        return q.new_zeros(out_shape)
+        return q.new_zeros((*q.shape[:-1], v.shape[-1]))
     out, lse = dispatch.run(problem, impl)
-    out = out.reshape(out_shape)
+    if problem.packed is not None:
+        out = out.reshape((*q.shape[:-1], v.shape[-1]))
     if not return_lse:
         return out
     assert lse is not None  # dispatch picks only implementations that return it
@@ -163,6 +163,7 @@ def attention_weights(
 
     if lse is None:
         _, lse = torch_ops.attention_forward(problem)
+        assert lse is not None  # the problem says return_lse
     return torch_ops.attention_weights(problem, lse, chosen_heads, chosen_rows, average_heads)
 
 

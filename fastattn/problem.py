@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from fastattn.masks import Causal, Frame, Mask, Packed
 from fastattn.validation import check_flag, check_number, check_tensor, describe
 
 MAX_HEAD_DIM = 256
+CAUSAL = Causal()
+"""What `causal=True` alone is: one for all, which is known to fit and need not be taken apart."""
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -125,9 +129,10 @@ def make_problem(
     check_flag("causal", causal)
     check_flag("return_lse", return_lse)
     joined = join_causal(mask, causal)
-    packed = masks.find_packed(joined)
-    q, k, v = (autocast(tensor) for tensor in (q, k, v))
-    q, k, v = _check_operands(q, k, v, packed)
+    packed = None if joined is None or joined is CAUSAL else masks.find_packed(joined)
+    if not (packed is None and _are_plain(q, k, v)):
+        q, k, v = (autocast(tensor) for tensor in (q, k, v))
+        q, k, v = _check_operands(q, k, v, packed)
     problem = AttentionProblem(
         q=q,
         k=k,
@@ -141,11 +146,12 @@ def make_problem(
         dropout=_check_dropout(dropout_p, dropout_seed, q.device),
         return_lse=return_lse,
     )
-    seqlen_q, seqlen_k = problem.frame_seqlens
     if packed is not None:
         packed.check_totals(q.shape[0], k.shape[0], q.device)
-    frame = Frame(problem.num_sequences, q.shape[-2], seqlen_q, seqlen_k, q.device)
-    check_modifiers(frame, joined, problem.bias, sinks)
+    if not ((joined is None or joined is CAUSAL) and bias is None and sinks is None):
+        seqlen_q, seqlen_k = problem.frame_seqlens
+        frame = Frame(problem.num_sequences, q.shape[-2], seqlen_q, seqlen_k, q.device)
+        check_modifiers(frame, joined, problem.bias, sinks)
     return problem
 
 
@@ -161,12 +167,35 @@ def autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
+def _are_plain(q: Any, k: Any, v: Any) -> bool:
+    """Whether padded q, k, v pass all checks, and autocast is off: a quick yes, or no answer."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
+    if len(shape_q) != 4 or len(shape_k) != 4 or shape_k[:3] != shape_v[:3] or len(shape_v) != 4:
+        return False
+    dtype, device = q.dtype, q.device
+    heads_kv, head_dim = shape_k[2:]
+    return (
+        not torch.is_autocast_enabled(device.type)
+        and dtype in DTYPES
+        and k.dtype == dtype == v.dtype
+        and k.device == device == v.device
+        and shape_q[0] == shape_k[0]
+        and shape_q[3] == head_dim
+        and 1 <= head_dim <= MAX_HEAD_DIM
+        and 1 <= shape_v[3] <= MAX_HEAD_DIM
+        and heads_kv > 0
+        and shape_q[2] % heads_kv == 0
+    )
+
+
 def join_causal(mask: Mask | Tensor | None, causal: bool) -> Mask | None:
     """The mask that the arguments `mask` and `causal` are together."""
     joined = None if mask is None else masks.as_mask(mask)
     if not causal:
         return joined
-    return Causal() if joined is None else joined & Causal()
+    return CAUSAL if joined is None else joined & CAUSAL
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
@@ -201,6 +230,8 @@ def check_softmax_scale(scale: float | None, head_dim: int) -> float:
 
 def check_softcap(softcap: float) -> float:
     """The softcap as a float, 0 where there is none."""
+    if type(softcap) is float and softcap == 0.0:
+        return 0.0
     return check_number("softcap", softcap, "0 (off) or a positive number", low=0.0)
 
 
@@ -271,6 +302,8 @@ def _check_operands(
 
 
 def _check_dropout(p: float, seed: Tensor | None, device: torch.device) -> Dropout | None:
+    if type(p) is float and p == 0.0 and seed is None:
+        return None
     p = check_number("dropout_p", p, "a probability in [0, 1)", 0.0, 1.0)
     if seed is not None:
         check_tensor("dropout_seed", seed)

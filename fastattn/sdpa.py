@@ -54,7 +54,7 @@ def unsupported_reasons(problem: AttentionProblem | CacheProblem) -> list[str]:
 def run(problem: AttentionProblem) -> Tensor:
     """Output of a checked problem."""
     if problem.packed is not None:
-        pieces = [_attend(sequence)[0] for sequence in _sequences(problem, problem.packed)]
+        pieces = [_attend(one).flatten(0, 1) for one in _packed_runs(problem, problem.packed)]
         # Without sequences there are no rows, but they are still part of autograd's graph.
         no_rows = problem.q[..., :1].expand(-1, -1, problem.v.shape[-1])
         return torch.cat(pieces) if pieces else no_rows
@@ -65,22 +65,45 @@ def run(problem: AttentionProblem) -> Tensor:
     return _attend_by_sequence(problem, lengths)
 
 
-def _sequences(problem: AttentionProblem, packed: Packed) -> Iterator[AttentionProblem]:
-    """Each packed sequence as a problem of its own.
+def _packed_runs(problem: AttentionProblem, packed: Packed) -> Iterator[AttentionProblem]:
+    """The packed sequences as padded problems: neighbors of equal lengths are one batch.
 
     Operands are split at once and not sliced one by one: autograd gives each slice a gradient of
     the whole's size.
     """
-    slices = packed.slices()
-    if not slices:
+    others = _without(problem.mask, packed)
+    rest: Mask | None = others
+    if others is not None and len(others.parts) == 1:
+        rest = others.parts[0]
+    alike = (rest is None or _same_for_all(rest)) and (
+        problem.bias is None or _same_for_all(problem.bias)
+    )
+    runs: list[tuple[int, int, int, int]] = []  # first sequence, how many, lengths of each
+    for index, (rows, keys) in enumerate(packed.slices()):
+        lengths = (rows.stop - rows.start, keys.stop - keys.start)
+        if alike and runs and runs[-1][2:] == lengths:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, *lengths)
+        else:
+            runs.append((index, 1, *lengths))
+    if not runs:
         return
-    lengths_q, lengths_k = ([s.stop - s.start for s in one] for one in zip(*slices, strict=True))
+    rows_of_runs = [count * seqlen_q for _, count, seqlen_q, _ in runs]
+    keys_of_runs = [count * seqlen_k for _, count, _, seqlen_k in runs]
     operands = zip(
-        problem.q.split(lengths_q), problem.k.split(lengths_k), problem.v.split(lengths_k),
-        strict=True,
+        problem.q.split(rows_of_runs), problem.k.split(keys_of_runs),
+        problem.v.split(keys_of_runs), strict=True,
     )  # fmt: skip
-    for index, (own, (q, k, v)) in enumerate(zip(slices, operands, strict=True)):
-        yield replace(problem.sequence(index, *own), q=q[None], k=k[None], v=v[None])
+    for (index, count, seqlen_q, seqlen_k), (q, k, v) in zip(runs, operands, strict=True):
+        yield replace(
+            problem,
+            q=q.unflatten(0, (count, seqlen_q)),
+            k=k.unflatten(0, (count, seqlen_k)),
+            v=v.unflatten(0, (count, seqlen_k)),
+            mask=None if rest is None else rest.at(index, seqlen_q, seqlen_k),
+            bias=None if problem.bias is None else problem.bias.at(index, seqlen_q, seqlen_k),
+            packed=None,
+            dropout=None if problem.dropout is None else problem.dropout.at(index),
+        )
 
 
 def _lengths(mask: Mask | None) -> Lengths | None:
@@ -118,7 +141,7 @@ def _attend_by_sequence(problem: AttentionProblem, lengths: Lengths) -> Tensor:
     return torch.cat(pieces)
 
 
-def _without(mask: Mask | None, part: Mask) -> Mask | None:
+def _without(mask: Mask | None, part: Mask) -> Joined | None:
     if not isinstance(mask, Joined):
         return None
     rest = tuple(other for other in mask.parts if other is not part)

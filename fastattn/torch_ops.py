@@ -7,18 +7,19 @@ needed. torch.compile and torch.export see one opaque operator a call.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastattn import biases, masks
 from fastattn.cache_problem import CacheProblem
-from fastattn.problem import AttentionProblem
+from fastattn.problem import CAUSAL, AttentionProblem
 from fastattn.testing.interpreter import is_interpreting
 from fastattn.validation import device_checks_enabled
 
@@ -56,17 +57,38 @@ LIBRARY.define(
 )
 
 
-def attention_forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp (empty unless asked for) of a problem, by the forward kernel."""
+def attention_forward(problem: AttentionProblem) -> tuple[Tensor, Tensor | None]:
+    """Output and log-sum-exp (None or empty unless asked for) of a problem, by the forward kernel.
+
+    Where nobody but the kernel needs to see the operator, the kernel is launched without it: torch
+    takes longer to dispatch an operator of this many arguments than all the rest here together.
+    """
+    q, k, v, return_lse = problem.q, problem.k, problem.v, problem.return_lse
+    requires_grad = problem.requires_grad
+    modifiers = flat_modifiers(problem)
+    if _is_eager(q, k, v, *modifiers[len(_SCALARS) :]):
+        if requires_grad:
+            return _Eager.apply(q, k, v, return_lse, True, *modifiers)  # type: ignore[no-untyped-call]
+        out, lse, _ = _forward(q, k, v, return_lse, False, modifiers)
+        return out, lse
     out, lse, _ = torch.ops.fastattn.attention_forward(
-        problem.q,
-        problem.k,
-        problem.v,
-        problem.return_lse,
-        problem.requires_grad,
-        *flat_modifiers(problem),
+        q, k, v, return_lse, requires_grad, *modifiers
     )
     return out, lse
+
+
+def _is_eager(*tensors: Tensor | None) -> bool:
+    """Whether nobody but the kernel needs to see the operator: no graph, mode, transform."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._autograd._profiler_enabled():  # profiles name the operator
+        return False
+    for tensor in tensors:
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return False
+    return True
 
 
 def attention_weights(
@@ -83,25 +105,29 @@ def attention_weights(
     return weights[:, 0] if average else weights
 
 
+_NO_MASK = masks.MaskParts()
+_CAUSAL = masks.take_apart(CAUSAL)
+_NO_BIAS = biases.BiasParts()
+
+
 def flat_modifiers(problem: AttentionProblem | CacheProblem) -> list[Any]:
     """Masks and biases flattened into the operators' arguments."""
     dropout = problem.dropout if isinstance(problem, AttentionProblem) else None
     if dropout is not None:
         dropout = dropout.drawn(problem.device)
-    flat = {
-        "softmax_scale": problem.softmax_scale,
-        "softcap": problem.softcap,
-        "dropout_p": 0.0 if dropout is None else dropout.p,
-        "dropout_seed": None if dropout is None else dropout.seed,
-        "sinks": problem.sinks,
-        **_fields(masks.take_apart(problem.mask)),
-        **_fields(biases.take_apart(problem.bias)),
-    }
-    return [flat[name] for name in NAMES]
-
-
-def _fields(parts: Any) -> dict[str, Any]:
-    return {field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}
+    mask, bias = problem.mask, problem.bias
+    if mask is None:
+        parts = _NO_MASK
+    else:
+        parts = _CAUSAL if mask is CAUSAL else masks.take_apart(mask)
+    added = _NO_BIAS if bias is None else biases.take_apart(bias)
+    return [  # in the order of NAMES
+        problem.softmax_scale, problem.softcap, 0.0 if dropout is None else dropout.p,
+        parts.window_left, parts.window_right, parts.max_seqlen_q, parts.max_seqlen_k,
+        parts.cu_seqlens_q, parts.cu_seqlens_k, parts.seqlens_q, parts.seqlens_k, parts.starts_k,
+        parts.prefix, parts.mask, added.bias, added.alibi_slopes, added.relative_bias,
+        problem.sinks, None if dropout is None else dropout.seed,
+    ]  # fmt: skip
 
 
 @functools.cache
@@ -123,9 +149,12 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+_NO_DEVICE = contextlib.nullcontext()
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else _NO_DEVICE
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -166,21 +195,37 @@ def _forward_shapes(
 def _attention_forward(
     q: Tensor, k: Tensor, v: Tensor, return_lse: bool, save_softmax: bool, *modifiers: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, softmax_stats = _forward(q, k, v, return_lse, save_softmax, modifiers)
+    # An operator's results must be tensors, no two of them the same.
+    lse, softmax_stats = (
+        q.new_empty(0, dtype=torch.float32) if tensor is None else tensor
+        for tensor in (lse, softmax_stats)
+    )
+    return out, lse, softmax_stats
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, return_lse: bool, save_softmax: bool, modifiers: Sequence[Any]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The launch; out, and lse and the saved softmax where they are asked for."""
     attention = kernels()
-    flat = attention.Modifiers(**dict(zip(NAMES, modifiers, strict=True)))
-    packed = flat.cu_seqlens_q is not None
-    shapes = _forward_shapes(q, v, return_lse, save_softmax, packed)
-    out = empty(q, shapes[0], q.dtype)
-    lse, softmax_stats = (empty(q, shape, torch.float32) for shape in shapes[1:])
+    flat = attention.Modifiers(*modifiers)  # its fields are in the order of NAMES
+    out = empty(q, (*q.shape[:-1], v.shape[-1]), q.dtype)
+    lse = softmax_stats = None
+    if return_lse or save_softmax:
+        packed = flat.cu_seqlens_q is not None
+        _, lse_shape, stats_shape = _forward_shapes(q, v, return_lse, save_softmax, packed)
+        lse = empty(q, lse_shape, torch.float32) if return_lse else None
+        softmax_stats = empty(q, stats_shape, torch.float32) if save_softmax else None
     with on_device(q):
         attention.launch_attention_forward(
             q,
             k,
             v,
             out,
-            lse if return_lse else None,
+            lse,
             flat,
-            softmax_stats=softmax_stats if save_softmax else None,
+            softmax_stats=softmax_stats,
             input_precision=input_precision(q.dtype),
         )
     return out, lse, softmax_stats
@@ -306,6 +351,22 @@ def _backward(
         if need:
             gradients[positions[name]] = result
     return tuple(gradients)
+
+
+class _Eager(torch.autograd.Function):
+    """What `register_autograd` makes of the operator, without its bookkeeping."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        q, k, v, return_lse, save_softmax, *modifiers = inputs
+        out, lse, softmax_stats = _forward(q, k, v, return_lse, save_softmax, modifiers)
+        assert softmax_stats is not None  # save_softmax is set
+        _save_for_backward(ctx, inputs, (out, softmax_stats, softmax_stats))
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, dout, dlse, None)
 
 
 def _no_double_backward(ctx: Any, *gradients: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `fastattn demo`, `fastattn verify`. Needs the extra "cli" (typer, rich)."""
+"""The command line: `fastattn demo`, `explain`, `verify`. Needs the extra "cli" (typer, rich)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def make_app() -> typer.Typer:
     import typer
 
     from fastattn.cli.demo import demo
+    from fastattn.cli.explain import explain
     from fastattn.cli.verify import verify
 
     app = typer.Typer(
@@ -23,6 +24,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.command()(demo)
+    app.command()(explain)
     app.command()(verify)
     return app
 

@@ -9,51 +9,62 @@
 Importing this module registers the attention function and the mask function. Both are needed: with
 the first alone, transformers makes no mask, and padding is attended to.
 
+Any model that calls transformers' attention interface is served. XLNet and DeBERTa, which do not,
+are served after `enable` gave them adapters; any other such model raises `UnservedModelError`. What
+a layer passes that would change the result and is not served raises too (`transformers_arguments`).
+
 Outputs at query positions that are padding are not those of eager attention: there they are 0 or
 what the padding's own rows give, never NaN.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from fastattn import functional
-from fastattn.dispatch import IMPLEMENTATIONS
+from fastattn.biases import Bias, DenseBias
+from fastattn.integrations import transformers_adapters as adapters
+from fastattn.integrations.transformers_arguments import (
+    UnknownArgumentWarning,
+    check_kwargs,
+    check_mask_function,
+    check_registered,
+    register,
+)
+from fastattn.integrations.transformers_call import attend, current_impl, use_impl, wants_dense
 from fastattn.integrations.transformers_masks import LazyMask, attention_mask
 from fastattn.integrations.transformers_report import (
+    NAME,
     LayerReport,
-    Recording,
     Report,
     UnservedModelError,
-    forget,
     report,
+    uses_interface,
 )
+from fastattn.integrations.transformers_t5 import as_bias
+from fastattn.integrations.transformers_unpad import unpad
 from fastattn.masks import DenseMask, Lengths, Mask, Packed
+from fastattn.recording import CallKind, forget
 
 __all__ = [
     "NAME",
+    "CallKind",
     "LayerReport",
     "Report",
+    "UnknownArgumentWarning",
     "UnservedModelError",
     "attention_forward",
     "attention_mask",
+    "disable",
     "enable",
     "report",
+    "unpad",
     "use_impl",
 ]
-
-NAME = "fastattn"
-"""The attn_implementation. Without "flash" in it, which transformers takes for flash-attn."""
-
-# Arguments that change the result and that fastattn has nothing for. A model passes them only if
-# it counts on the attention function to use them.
-_UNSERVED = ("head_mask", "layer_head_mask", "indices", "block_indices", "cache")
 
 # On CPU a padded batch is computed sequence by sequence. That costs a call each, with windows also
 # a mask each, and must save more than that: 55 and 180 us measured, in floating-point operations
@@ -61,48 +72,65 @@ _UNSERVED = ("head_mask", "layer_head_mask", "indices", "block_indices", "cache"
 _FLOPS_PER_SEQUENCE = 5e6
 _FLOPS_PER_WINDOWED_SEQUENCE = 10e6
 
-_impl = "auto"
-
-
-@contextlib.contextmanager
-def use_impl(impl: str) -> Iterator[None]:
-    """Within it, models run this implementation: "auto" (default), "triton", "sdpa", "reference".
-
-    One that is named runs or raises, as in `fastattn.attention`.
-
-    Raises:
-        ValueError: `impl` is unknown.
-    """
-    global _impl
-    if impl not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"impl must be one of {['auto', *IMPLEMENTATIONS]}, got {impl!r}")
-    before, _impl = _impl, impl
-    try:
-        yield
-    finally:
-        _impl = before
+# What the parts of a model ran before `enable`.
+_before: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
 def enable(model: PreTrainedModel) -> PreTrainedModel:
     """Sets `attn_implementation="fastattn"` on a loaded model, and starts its report afresh.
+
+    XLNet and DeBERTa, which never ask for an attention implementation, and T5 and its kin, whose
+    position bias is better given as a table, get adapters (see `transformers_adapters`). Of a model
+    made of parts, those that fastattn cannot serve stay as they are, and the report says so.
+    `disable` undoes it; `set_attn_implementation` does not reach adapters of XLNet and DeBERTa.
 
     Returns:
         The model itself.
 
     Raises:
         TypeError: not a transformers model.
-        UnservedModelError: its attention layers do not use transformers' attention interface.
+        UnservedModelError: none of its attention layers uses transformers' attention interface.
+        RuntimeError: the name "fastattn" was registered by somebody else.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    if not model._can_set_attn_implementation():
+    check_registered(attention_forward, attention_mask)
+    adapted = any(adapters.adapter_of(module) for module in model.modules())
+    if not adapted and not uses_interface(model):
         raise UnservedModelError.for_model(model)
-    for part in model.modules():
+    settable = [part for part in _parts(model) if part._can_set_attn_implementation()]
+    for part in settable:
         # Some releases do not reach parts whose config is a copy, such as the two stacks of T5.
-        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != NAME:
+        if (implementation := part.config._attn_implementation) != NAME:
+            _before.setdefault(part, implementation)
+    for part in settable:
+        if part.config._attn_implementation != NAME:
             part.set_attn_implementation(NAME)
+    for module in model.modules():
+        adapters.adapt(module)
     forget(model)
     return model
+
+
+def disable(model: PreTrainedModel) -> PreTrainedModel:
+    """Undoes `enable`: every part has the attention that it had before.
+
+    A part that was loaded with `attn_implementation="fastattn"`, or copied since, gets "eager".
+
+    Returns:
+        The model itself.
+    """
+    for module in model.modules():
+        adapters.restore(module)
+    for part in _parts(model):
+        if part._can_set_attn_implementation() and part.config._attn_implementation == NAME:
+            part.set_attn_implementation(_before.pop(part, None) or "eager")
+    return model
+
+
+def _parts(model: nn.Module) -> list[PreTrainedModel]:
+    """The model and the models in it, each of which has a config."""
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
 
 
 def attention_forward(
@@ -132,9 +160,9 @@ def attention_forward(
         scaling: factor on query @ key.T; default head_dim ** -0.5.
         sliding_window: part of the mask already; without a mask it must not cut anything.
         s_aux, or `sinks`: one logit a head, (num_heads,).
-        position_bias: added to the scores, broadcastable like the mask.
+        position_bias: added to the scores, a tensor broadcastable like the mask or a `LazyBias`.
         kwargs: `output_attentions`, `cu_seq_lens_q` and its kin (used where there is no mask);
-            what cannot change the result is ignored.
+            what cannot change the result is ignored (see `transformers_arguments`).
 
     Returns:
         Output (batch, seqlen_q, num_heads, head_dim_v), and None, or the attention weights
@@ -142,14 +170,11 @@ def attention_forward(
 
     Raises:
         NotImplementedError: an argument that changes the result and is not served.
+        RuntimeError: registered under another name, for which there is no mask function.
         ValueError, TypeError: as `fastattn.attention`.
     """
-    for name in _UNSERVED:
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"{type(module).__name__} passes {name}, which changes the result and which "
-                'fastattn does not serve: use attn_implementation="eager" or "sdpa" for this model'
-            )
+    check_kwargs(module, kwargs)
+    _check_layer(module, position_bias)
     sinks = s_aux if s_aux is not None else kwargs.get("sinks")
     # Views: fastattn takes any strides.
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -159,38 +184,50 @@ def attention_forward(
 
     wants_weights = _wants_weights(kwargs)
     mask: Mask | Tensor | None = None
-    bias = position_bias
+    bias: Bias | None = None if position_bias is None else as_bias(position_bias, q, k)
     causal = False
     if attention_mask is None:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        causal = _is_causal(module) if is_causal is None else bool(is_causal)
         causal = causal and q.shape[1] > 1
         mask = _packed(kwargs)
         if mask is None and sliding_window is not None:
             _check_window(sliding_window, causal, k.shape[1])
     elif isinstance(attention_mask, LazyMask):
-        mask = _from_lazy(attention_mask, q, k, v, whole_rows=wants_weights)
+        # Of packed sequences a dense bias would be one for each, which (1, heads, N, N) is not.
+        whole = wants_weights or (bias is not None and attention_mask.sequences is not None)
+        mask = _from_lazy(attention_mask, q, k, v, whole)
     elif attention_mask.is_floating_point():
-        bias = attention_mask if bias is None else bias + attention_mask
+        added = DenseBias(attention_mask)
+        bias = added if bias is None else bias + added
     else:
         mask = _from_tensor(attention_mask)
 
-    options: dict[str, Any] = {
-        "causal": causal,
-        "mask": mask,
-        "bias": bias,
-        "softmax_scale": scaling,
-        "softcap": softcap or 0.0,
-        "sinks": sinks,
-    }
-    # A graph neither records nor could.
-    record = contextlib.nullcontext() if _compiling() else Recording(module, _impl)
-    with record:
-        out = functional.attention(q, k, v, dropout_p=dropout, impl=_impl, **options)
-    assert isinstance(out, Tensor)
-    if not wants_weights:
-        return out, None
-    weights_impl = "auto" if _impl == "sdpa" else _impl
-    return out, functional.attention_weights(q, k, impl=weights_impl, **options).to(q.dtype)
+    return attend(
+        module, q, k, v, dropout_p=dropout, weights=wants_weights, causal=causal, mask=mask,
+        bias=bias, softmax_scale=scaling, softcap=softcap or 0.0, sinks=sinks,
+    )  # fmt: skip
+
+
+def _is_causal(module: nn.Module) -> bool:
+    """Whether a layer without a mask is causal, as it says itself."""
+    if getattr(module, "is_causal", True):
+        return True
+    # UMT5's decoder, in some releases, says that it is not. Cross-attention has no table.
+    decoder = getattr(module, "is_decoder", False)
+    return bool(decoder) and "relative_attention_bias" in module._modules
+
+
+def _check_layer(module: nn.Module, position_bias: Tensor | None) -> None:
+    """What is looked at in every call, in case `enable` has not seen the model."""
+    if _compiling():
+        return
+    config = getattr(module, "config", None)
+    implementation = getattr(config, "_attn_implementation", NAME)
+    if implementation != NAME:
+        check_mask_function(implementation)
+    elif position_bias is not None:
+        # Loaded with attn_implementation="fastattn": from the next call on, T5's bias is a table.
+        adapters.adapt(module)
 
 
 def _check_window(sliding_window: int, causal: bool, seqlen_k: int) -> None:
@@ -213,13 +250,13 @@ def _from_lazy(lazy: LazyMask, q: Tensor, k: Tensor, v: Tensor, whole_rows: bool
     fits = (q.shape[0], q.shape[1], k.shape[1]) == (batch, seqlen_q, seqlen_k)
     if not fits or lazy.touched or whole_rows:
         return DenseMask(lazy.built())
-    if q.device.type != "cpu" or _impl == "triton":
+    if not wants_dense(q.device):
         return lazy.structure
-    if lazy.visible is not None and _impl != "reference" and not _compiling():
+    if lazy.keys_within_bounds >= 0 and current_impl() != "reference" and not _compiling():
         pairs_left_out = seqlen_q * (batch * seqlen_k - lazy.keys_within_bounds)
         flops_left_out = 2 * pairs_left_out * q.shape[2] * (q.shape[3] + v.shape[3])
         cost = _FLOPS_PER_WINDOWED_SEQUENCE if lazy.windows else _FLOPS_PER_SEQUENCE
-        if flops_left_out > batch * cost * torch.get_num_threads():
+        if flops_left_out > lazy.pieces * cost * torch.get_num_threads():
             return lazy.structure
     return DenseMask(lazy.built())
 
@@ -278,5 +315,4 @@ try:  # not public: another release may keep it elsewhere
 except (ImportError, AttributeError):
     _collector = None
 
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, attention_mask)
+register(attention_forward, attention_mask)

@@ -2,12 +2,13 @@
 
 A model asks once per forward pass for the mask of each kind of layer. The stock answer is a bool
 tensor (batch, 1, queries, keys). Here it is a `LazyMask`: the same tensor to whoever operates on
-it, and the lengths and windows behind it to fastattn. Patterns that are not recognized (packed
-sequences, chunks, image blocks, a user's own) are answered with the exact 4-D tensor.
+it, and the lengths, windows and packed sequences behind it to fastattn. Patterns that are not
+recognized (chunks, image blocks, a user's own) are answered with the exact 4-D tensor.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -18,7 +19,8 @@ from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
 from fastattn import masks
-from fastattn.masks import Causal, DenseMask, Lengths, Mask, Window
+from fastattn.integrations.transformers_lazy import LazyTensor
+from fastattn.masks import Causal, DenseMask, Lengths, Mask, Packed, Window
 
 # Encoders whose bidirectional masks are of self-attention only: query rows that are padding may be
 # left out. Elsewhere such a mask may be that of a cross-attention with as many queries as keys.
@@ -29,38 +31,32 @@ _ENCODERS = frozenset(
     }
 )  # fmt: skip
 
-# What may be asked of a LazyMask without building it.
-_GETTERS = (
-    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "requires_grad",
-    "grad_fn", "is_leaf",
-)  # fmt: skip
-_METADATA = frozenset(getattr(Tensor, name).__get__ for name in _GETTERS) | {
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__,
-}  # fmt: skip
 
-
-class LazyMask(Tensor):
+class LazyMask(LazyTensor):
     """A mask value that poses as the bool tensor (batch, 1, queries, keys), True = attend.
 
-    fastattn takes `structure`. Any other operation builds the exact tensor and works on that; from
-    then on fastattn takes the tensor too, since the model may have written into it.
+    fastattn takes `structure`; see `LazyTensor` for everybody else.
 
     Attributes:
         sizes: its shape, at the price of a Python attribute.
         structure: the mask as a value.
         windows: the positional part of it.
         visible: bool (batch, keys), which keys are no padding; None if all.
-        keys_within_bounds: sum over the batch of keys between first and last visible one, or -1
-            where it was not read (on a GPU that would wait for the device).
+        sequences: (1, keys) numbers, equal where tokens are of one packed sequence; None if not
+            packed.
+        keys_within_bounds: keys that a row of the mask computes at most, on the mean over the rows
+            and times the batch; -1 where that was not read (on a GPU that would wait for the
+            device) or is all of them.
+        pieces: into how many problems the structure takes the batch apart.
     """
 
     sizes: tuple[int, int, int, int]
     structure: Mask
     windows: tuple[Window, ...]
     visible: Tensor | None
-    keys_within_bounds: int
-    _built: Tensor | None
-    _touched: bool
+    sequences: Tensor | None
+    keys_within_bounds: float
+    pieces: int
 
     def __new__(
         cls,
@@ -69,74 +65,47 @@ class LazyMask(Tensor):
         windows: tuple[Window, ...],
         visible: Tensor | None,
         queries_are_keys: bool,
+        sequences: Tensor | None = None,
     ) -> LazyMask:
-        """A mask from windows and visible keys (batch, keys).
+        """A mask from windows and visible keys (batch, keys), or windows and packed sequences.
 
         `queries_are_keys` says that query row i is key i: rows of padding at the end are dropped.
         """
-        mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask = cls.posing_as(shape, torch.bool, device)
+        assert isinstance(mask, LazyMask)
         mask.sizes, mask.windows, mask.visible = shape, windows, visible
-        mask._built, mask._touched = None, False
-        mask.keys_within_bounds = -1
+        mask.sequences, mask.keys_within_bounds, mask.pieces = sequences, -1, shape[0]
         parts: tuple[Mask, ...] = windows
         if visible is not None:
             readable = visible.device.type == "cpu"
-            lengths, has_holes, mask.keys_within_bounds = _lengths(
+            bounds, has_holes, mask.keys_within_bounds = _lengths(
                 visible, queries_are_keys, readable
             )
-            parts += (lengths, DenseMask(visible[:, None, None, :])) if has_holes else (lengths,)
+            parts += (bounds, DenseMask(visible[:, None, None, :])) if has_holes else (bounds,)
+        if sequences is not None:
+            lengths = sequences[0].unique_consecutive(return_counts=True)[1].tolist()
+            ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+            parts += (Packed(ends.to(device), None, max(lengths)),)
+            mask.pieces = len(lengths)
+            mask.keys_within_bounds = sum(length**2 for length in lengths) / shape[3]
         mask.structure = masks.join(*parts)
         return mask
 
-    @property
-    def touched(self) -> bool:
-        """Whether anything but fastattn has seen the tensor, which it may have changed."""
-        return self._touched
-
-    def built(self) -> Tensor:
-        """The plain tensor (batch, 1, queries, keys), built on first use."""
-        if self._built is not None:
-            return self._built
+    def build(self) -> Tensor:
+        """The plain tensor (batch, 1, queries, keys), without memory where it repeats."""
         batch, _, seqlen_q, seqlen_k = self.sizes
         dense = None if self.visible is None else self.visible[:, None, None, :]
         for window in self.windows:
             visible = window.dense(seqlen_q, seqlen_k, self.device)
             dense = visible if dense is None else dense & visible
+        if self.sequences is not None:
+            together = self.sequences[:, None, :, None] == self.sequences[:, None, None, :]
+            dense = together if dense is None else dense & together
         assert dense is not None  # a mask without parts is not made
-        built = dense.expand(batch, 1, seqlen_q, seqlen_k)
-        if not torch.compiler.is_compiling():  # a graph must not leave its tensors behind
-            self._built = built
-        return built
+        return dense.expand(batch, 1, seqlen_q, seqlen_k)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"LazyMask(shape={tuple(self.shape)}, {type(self.structure).__name__})"
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        return func(*_unwrap(args), **_unwrap(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        return func(*_unwrap(args), **_unwrap(kwargs or {}))
-
-
-def _unwrap(tree: Any) -> Any:
-    def unwrap(leaf: Any) -> Any:
-        if not isinstance(leaf, LazyMask):
-            return leaf
-        if not leaf._touched:
-            # Views of the tensor may be written into: it gets memory of its own for every element.
-            leaf._built, leaf._touched = leaf.built().contiguous(), True
-        return leaf._built
-
-    return torch.utils._pytree.tree_map(unwrap, tree)
 
 
 def _lengths(visible: Tensor, queries_are_keys: bool, readable: bool) -> tuple[Lengths, bool, int]:
@@ -199,9 +168,15 @@ def attention_mask(
         )
 
     tracing = torch.compiler.is_compiling() or is_tracing(attention_mask)
-    windows = _windows_of(mask_function, by_closure=not tracing)
+    windows, sequences = _take_apart(mask_function, by_closure=not tracing)
     if windows is None or (windows and not _is_aligned(q_length, kv_length, q_offset, kv_offset)):
         return exact()
+    if sequences is not None:
+        square = sequences.shape == (1, kv_length) == (batch_size, q_length)
+        if attention_mask is not None or not square:
+            return exact()
+        shape = (batch_size, 1, q_length, kv_length)
+        return LazyMask(shape, torch.device(device), windows, None, True, sequences)
     padding = attention_mask
     if padding is not None and (padding.dim() != 2 or padding.shape[0] != batch_size):
         return exact()
@@ -264,10 +239,51 @@ def _code(function: Any) -> CodeType | None:
     return getattr(function, "__code__", None)
 
 
+def _closure_of(maker: str, *args: Any) -> CodeType | None:
+    """The code of the mask functions that a function of transformers makes; None if it has none."""
+    function = getattr(masking_utils, maker, None)
+    return None if function is None else _code(function(*args))
+
+
 # Mask functions of transformers that are closures are known by the code they share.
-_AND = _code(masking_utils.and_masks(masking_utils.causal_mask_function))
-_SLIDING = _code(masking_utils.sliding_window_overlay(1))
-_SLIDING_BOTH_WAYS = _code(masking_utils.sliding_window_bidirectional_overlay(1))
+_ANY = masking_utils.causal_mask_function
+_AND = _closure_of("and_masks", _ANY)
+_SLIDING = _closure_of("sliding_window_overlay", 1)
+_SLIDING_BOTH_WAYS = _closure_of("sliding_window_bidirectional_overlay", 1)
+_PACKED = _closure_of("packed_sequence_mask_function", torch.zeros(1, 1))
+_REMAPPED = _closure_of("remap_positions_for_packed_sequence", _ANY, torch.zeros(1, 1))
+
+
+def _variables(mask_function: Callable) -> dict[str, Any]:
+    """What a closure has closed over, by name."""
+    code = _code(mask_function)
+    if code is None or mask_function.__closure__ is None:
+        return {}
+    cells = (cell.cell_contents for cell in mask_function.__closure__)
+    return dict(zip(code.co_freevars, cells, strict=True))
+
+
+def _take_apart(
+    mask_function: Callable, by_closure: bool
+) -> tuple[tuple[Window, ...] | None, Tensor | None]:
+    """Windows, as `_windows_of`, and the numbers of packed sequences (batch, keys) if there are."""
+    if not by_closure or _code(mask_function) is not _AND:
+        return _windows_of(mask_function, by_closure), None
+    windows: tuple[Window, ...] = ()
+    packed = [f for f in _variables(mask_function)["mask_functions"] if _code(f) is _PACKED]
+    for part in _variables(mask_function)["mask_functions"]:
+        if _code(part) is _PACKED:
+            continue
+        if packed and _code(part) is _REMAPPED:
+            # Positions within a sequence differ by what they differ by in the row.
+            part = _variables(part)["mask_function"]
+        known = _windows_of(part)
+        if known is None:
+            return None, None
+        windows += known
+    if len(packed) > 1:
+        return None, None
+    return windows, _variables(packed[0])["packed_sequence_mask"] if packed else None
 
 
 def _windows_of(mask_function: Callable, by_closure: bool = True) -> tuple[Window, ...] | None:
@@ -279,13 +295,10 @@ def _windows_of(mask_function: Callable, by_closure: bool = True) -> tuple[Windo
         return (Causal(),)
     if mask_function is masking_utils.bidirectional_mask_function:
         return ()
-    if not by_closure:
-        return None
     code = _code(mask_function)
-    if code is None or mask_function.__closure__ is None:
+    if not by_closure or code is None:
         return None
-    cells = (cell.cell_contents for cell in mask_function.__closure__)
-    variables = dict(zip(code.co_freevars, cells, strict=True))
+    variables = _variables(mask_function)
     if code is _SLIDING:
         return (Window(variables["sliding_window"] - 1, None),)
     if code is _SLIDING_BOTH_WAYS:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,19 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastattn import dispatch
 from fastattn.dispatch import Explanation
-from fastattn.masks import Mask
-from fastattn.problem import AttentionProblem
+from fastattn.recording import KERNELS, CallKind, aligned, calls_of, forget
 
 NAME = "fastattn"
-
-# What an implementation runs, for the table.
-_KERNELS = {
-    "triton": "_attention_forward_kernel",
-    "sdpa": "torch scaled_dot_product_attention",
-    "reference": "plain torch",
-}
 
 
 class UnservedModelError(RuntimeError):
@@ -32,6 +22,14 @@ class UnservedModelError(RuntimeError):
     @classmethod
     def for_model(cls, model: nn.Module) -> UnservedModelError:
         """The error of a model whose layers compute attention by themselves."""
+        from fastattn.integrations.transformers_adapters import adapter_of
+
+        if any(adapter_of(module) for module in model.modules()):
+            return cls(
+                f"fastattn served no attention layer of {_name(model)} "
+                f"({_listed(attention_modules(model))}), which computes attention by itself, "
+                "whatever attn_implementation says: enable(model) gives it an adapter"
+            )
         return cls(
             f"{_name(model)} never calls transformers' attention interface, so that fastattn "
             f"cannot serve it: {_listed(attention_modules(model))} computes attention by itself, "
@@ -49,6 +47,7 @@ class LayerReport:
         calls: number of calls by implementation ("triton", "sdpa", "reference").
         explanations: for each kind of call, what ran, on what, and why not the others.
         reason: why it was not served; empty if it was.
+        shapes: number of calls by implementation and shapes, in the order of their first call.
     """
 
     name: str
@@ -56,6 +55,7 @@ class LayerReport:
     calls: dict[str, int]
     explanations: tuple[Explanation, ...]
     reason: str
+    shapes: dict[CallKind, int] = field(default_factory=dict)
 
     @property
     def served(self) -> bool:
@@ -84,72 +84,13 @@ class Report:
         head = f"{self.model}: {self.layers_served} of {self.layers_total} attention layers served"
         rows = [("layer", "module", "calls", "served by")]
         for layer in self.layers:
-            kernels = ", ".join(f"{name} ({_KERNELS.get(name, name)})" for name in layer.calls)
+            kernels = ", ".join(f"{name} ({KERNELS.get(name, name)})" for name in layer.calls)
             count = str(sum(layer.calls.values()))
             rows.append((layer.name, layer.module, count, kernels or f"no: {layer.reason}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        table = [
-            f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}"
-            for row in rows
-        ]
+        table = aligned(rows, numbers=2)
         # Layers ask for the same: each kind of call is explained once.
         explained = {str(text): None for layer in self.layers for text in layer.explanations}
         return "\n".join([head, *table, *explained])
-
-
-@dataclass
-class _Calls:
-    """The calls of one module: how many of each kind, and the first of each explained."""
-
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    explanations: dict[tuple[str, str], Explanation] = field(default_factory=dict)
-
-
-_calls: weakref.WeakKeyDictionary[nn.Module, _Calls] = weakref.WeakKeyDictionary()
-_current = threading.local()
-
-
-class Recording:
-    """Within it, attention calls count as those of `module`."""
-
-    def __init__(self, module: nn.Module, impl: str) -> None:
-        self._owner = (module, impl)
-
-    def __enter__(self) -> None:
-        _current.owner = self._owner
-
-    def __exit__(self, *error: object) -> None:
-        _current.owner = None
-
-
-def _record(name: str, problem: AttentionProblem) -> None:
-    if torch.compiler.is_compiling():
-        return
-    owner = getattr(_current, "owner", None)
-    if owner is None:
-        return
-    module, impl = owner
-    calls = _calls.get(module)
-    if calls is None:
-        calls = _calls[module] = _Calls()
-    kind = (name, _kinds(problem.mask))
-    calls.counts[kind] += 1
-    # To explain a call costs more than to compute some: done for the first of each kind.
-    if kind not in calls.explanations:
-        calls.explanations[kind] = dispatch.explain(problem, impl)
-
-
-dispatch.listeners.append(_record)
-
-
-def _kinds(mask: Mask | None) -> str:
-    return " ".join(type(part).__name__ for part in getattr(mask, "parts", (mask,)))
-
-
-def forget(model: nn.Module) -> None:
-    """Starts the counts of a model's layers at zero."""
-    for module in model.modules():
-        _calls.pop(module, None)
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -166,7 +107,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         inner = (other for other in module.modules() if other is not module)
-        if module in _calls or (
+        if calls_of(module).counts or (
             looks_like_attention(module) and not any(looks_like_attention(m) for m in inner)
         ):
             found[name] = module
@@ -193,41 +134,89 @@ def report(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
             model(*args, **kwargs)
     layers = []
     for name, module in attention_modules(model).items():
-        calls = _calls.get(module, _Calls())
-        counts: Counter[str] = Counter()
-        for (implementation, _), count in calls.counts.items():
-            counts[implementation] += count
-        reason = "" if counts else _reason(module, model)
+        calls = calls_of(module)
         layers.append(
             LayerReport(
                 name,
                 type(module).__name__,
-                dict(counts),
+                calls.by_implementation,
                 tuple(calls.explanations.values()),
-                reason,
+                "" if calls.counts else _reason(module, model),
+                dict(calls.shapes),
             )
         )
     result = Report(_name(model), tuple(layers))
     if result.layers_served:
         return result
-    if getattr(type(model), "_can_set_attn_implementation", lambda: True)():
-        reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers)) or "no such layer"
-        raise UnservedModelError(
-            f"fastattn served no attention layer of {_name(model)} "
-            f"({_listed(attention_modules(model))}): {reasons}"
-        )
-    raise UnservedModelError.for_model(model)
+    if not uses_interface(model) and not _is_adapted(model):
+        raise UnservedModelError.for_model(model)
+    reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers)) or "no such layer"
+    raise UnservedModelError(
+        f"fastattn served no attention layer of {_name(model)} "
+        f"({_listed(attention_modules(model))}): {reasons}"
+    )
+
+
+def uses_interface(model: nn.Module) -> bool:
+    """Whether any module of the model is from a file that asks transformers for its attention."""
+    files = {base.__module__ for module in model.modules() for base in type(module).__mro__}
+    files.discard("transformers.modeling_utils")  # where the functions themselves are
+    return any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
+
+
+def served_by(module: nn.Module, model: nn.Module) -> tuple[str, str]:
+    """What computes an attention layer of a model from now on, and if that is not fastattn, why.
+
+    Returns:
+        What of fastattn does, empty if nothing; and why not, empty if it does.
+    """
+    from fastattn.integrations.transformers_adapters import (
+        adapter_of,
+        is_adapted,
+        replaces_attention,
+    )
+
+    adapter = adapter_of(module)
+    if replaces_attention(module):
+        if is_adapted(module) and adapter is not None:
+            return f"fastattn, by the adapter {adapter.__name__}", ""
+        return "", _reason(module, model)
+    if not uses_interface(module):
+        return "", f"{type(module).__name__} never calls transformers' attention interface"
+    if _implementation(module, model) != NAME:
+        return "", _reason(module, model)
+    bias = ""
+    if is_adapted(module):
+        bare = getattr(module, "without_bias", False)
+        bias = " (without the zeros for a bias)" if bare else " (position bias as a table)"
+    return f'attn_implementation="{NAME}"{bias}', ""
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    from fastattn.integrations.transformers_adapters import is_adapted
+
+    return any(is_adapted(module) for module in model.modules())
 
 
 def _reason(module: nn.Module, model: nn.Module) -> str:
-    config = getattr(module, "config", None) or getattr(model, "config", None)
-    implementation = getattr(config, "_attn_implementation", None)
+    from fastattn.integrations.transformers_adapters import is_adapted, replaces_attention
+
+    if replaces_attention(module):
+        if not is_adapted(module):
+            return "it computes attention by itself; enable(model) gives it an adapter"
+        return "it was not run (give report() inputs), or ran what its adapter does not serve"
+    implementation = _implementation(module, model)
     if implementation != NAME:
         return f'its attn_implementation is "{implementation}"; enable(model) sets "{NAME}"'
     return (
         "it did not call the attention interface: it was not run (give report() inputs), ran in a "
         "compiled graph, or computes attention by itself"
     )
+
+
+def _implementation(module: nn.Module, model: nn.Module) -> str | None:
+    config = getattr(module, "config", None) or getattr(model, "config", None)
+    return getattr(config, "_attn_implementation", None)
 
 
 def _name(model: nn.Module) -> str:

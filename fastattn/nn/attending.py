@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastattn import functional
 from fastattn.nn.base_cache import BaseKVCache
 from fastattn.problem import MAX_HEAD_DIM
+from fastattn.recording import Recording
 
 
-class Attending:
+class Attending(nn.Module):
     """Mixed into attention modules.
 
     Attributes:
@@ -24,9 +27,13 @@ class Attending:
         self, q: Tensor, k: Tensor, v: Tensor, *, cache: BaseKVCache | None = None, **options: Any
     ) -> Any:
         """`fastattn.attention`, or a cache's, with this module's `impl`: all goes through here."""
-        if cache is not None:
-            return cache.attention(q=q, k=k, v=v, impl=self.impl, **options)
-        return functional.attention(q, k, v, impl=self.impl, **options)
+        # A graph neither records nor could.
+        compiling = torch.compiler.is_compiling()
+        record = contextlib.nullcontext() if compiling else Recording(self, self.impl)
+        with record:
+            if cache is not None:
+                return cache.attention(q=q, k=k, v=v, impl=self.impl, **options)
+            return functional.attention(q, k, v, impl=self.impl, **options)
 
 
 def check_head_dim(head_dim: int, origin: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,21 +99,7 @@ class MultiheadAttention(Attending, torch.nn.MultiheadAttention):
         """
         if isinstance(module, MultiheadAttention):
             return module
-        if type(module) is not torch.nn.MultiheadAttention:
-            raise TypeError(
-                "module must be a torch.nn.MultiheadAttention itself, got "
-                f"{type(module).__module__}.{type(module).__qualname__}"
-            )
-        for name, how in (
-            ("forward", "a forward of its own"),
-            ("_compiled_call_impl", "compile()"),
-        ):
-            if module.__dict__.get(name) is not None:
-                raise ValueError(
-                    f"module must be called through its class, got one with {how} "
-                    f"({name} is set): undo that before, and redo it after"
-                )
-        check_head_dim(module.head_dim, f"of {module}")
+        _check_replaceable(module)
         twin = cls.__new__(cls)
         twin.__dict__.update(module.__dict__)
         # Its own, or the hook below would slow down the stock module if it is put back.
@@ -120,6 +107,25 @@ class MultiheadAttention(Attending, torch.nn.MultiheadAttention):
             twin.__dict__[name] = OrderedDict(module.__dict__[name])
         twin.register_forward_pre_hook(_must_be_called)
         return twin
+
+    @staticmethod
+    def convert(module: torch.nn.MultiheadAttention) -> Callable[[], None]:
+        """Makes a module of torch one of these, in place: whoever holds it holds this.
+
+        Args, Raises: as `from_torch`.
+
+        Returns:
+            What makes it torch's again.
+        """
+        _check_replaceable(module)
+        module.__class__ = MultiheadAttention
+        hook = module.register_forward_pre_hook(_must_be_called)
+
+        def undo() -> None:
+            hook.remove()
+            module.__class__ = torch.nn.MultiheadAttention
+
+        return undo
 
     def forward(
         self,
@@ -334,6 +340,24 @@ class MultiheadAttention(Attending, torch.nn.MultiheadAttention):
             raise ValueError(
                 f"key must have the batch size of query, {query.shape[batch]}, got {describe(key)}"
             )
+
+
+def _check_replaceable(module: torch.nn.Module) -> None:
+    if type(module) is not torch.nn.MultiheadAttention:
+        raise TypeError(
+            "module must be a torch.nn.MultiheadAttention itself, got "
+            f"{type(module).__module__}.{type(module).__qualname__}"
+        )
+    for name, how in (
+        ("forward", "a forward of its own"),
+        ("_compiled_call_impl", "compile()"),
+    ):
+        if module.__dict__.get(name) is not None:
+            raise ValueError(
+                f"module must be called through its class, got one with {how} "
+                f"({name} is set): undo that before, and redo it after"
+            )
+    check_head_dim(module.head_dim, f"of {module}")
 
 
 def _batch_first(x: Tensor, batched: bool, batch_first: bool) -> Tensor:

@@ -89,7 +89,7 @@ class RelativeBias(nn.Module):
         )
 
 
-class _Projected(Attending, nn.Module):
+class _Projected(Attending):
     """Projections, normalization and sinks, which self- and cross-attention have alike."""
 
     def __init__(

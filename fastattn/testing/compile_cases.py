@@ -23,7 +23,7 @@ def attention_cases(target: Target) -> Iterator[CompileCase]:
             for feature, modifiers in _FEATURES.items():
                 if dtype == torch.float16 and feature not in ("bidirectional", "causal"):
                     continue
-                count = _modifiers(modifiers, head_dim, dtype).count
+                count = _modifiers(modifiers, head_dim, dtype).num_modifiers
                 config = select_forward_config(target.name, head_dim, dtype, _SEQLEN, count)
                 yield CompileCase(
                     kernel="attention_forward",

@@ -186,7 +186,7 @@ def select_forward_config(
         head_dim: the larger of the key and value head dimensions.
         dtype: of q, k and v.
         seqlen_q: rows of the longest sequence.
-        num_modifiers: how many need registers of their own (`Modifiers.count`).
+        num_modifiers: how many need registers of their own (`Modifiers.num_modifiers`).
     """
     if chip == "interpreter":
         return INTERPRETER_CONFIG

@@ -236,7 +236,7 @@ def launch_attention_forward(
             max(head_dim, head_dim_v),
             q.dtype,
             shape.seqlen_q,
-            modifiers.count,
+            modifiers.num_modifiers,
         )
     num_programs = triton.cdiv(shape.seqlen_q, config.block_m) * shape.num_heads * num_sequences
     if num_programs == 0:

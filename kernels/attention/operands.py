@@ -4,7 +4,7 @@ No operand is copied or expanded. Only vectors of lengths, indices and sinks, wh
 with a stride of 1, are made contiguous where they are not.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +22,7 @@ from fastattn.kernels.attention.tile import (
 )
 
 
-@dataclass(frozen=True)
-class Modifiers:
+class Modifiers(NamedTuple):  # made for every call: cheaper than a frozen dataclass
     """All that stands between `q @ k.T` and the softmax, already validated.
 
     Windows are -1 where unlimited. Lengths are integer tensors with an entry a sequence. `mask`
@@ -60,7 +59,7 @@ class Modifiers:
         return any(bias is not None for bias in biases)
 
     @property
-    def count(self) -> int:
+    def num_modifiers(self) -> int:
         """How many modifiers need registers of their own.
 
         Softcap, biases, dense mask, dropout, a cut on the left.
@@ -73,7 +72,7 @@ class Modifiers:
     @property
     def backward_count(self) -> int:
         """The same for the backward pass, where the bounds of packed sequences count as one too."""
-        return max(self.count, self.cu_seqlens_q is not None)
+        return max(self.num_modifiers, self.cu_seqlens_q is not None)
 
     @property
     def lazy_scale(self) -> bool:

@@ -11,12 +11,18 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from torch.overrides import TorchFunctionMode
 
 import fastattn.integrations.transformers as fastattn_hf
+from fastattn.integrations.transformers_report import attention_modules, served_by
+from fastattn.recording import CallKind
 from fastattn.testing import assert_parity
-
-VOCAB = 60
+from tests.integrations.families import (
+    VOCAB,
+    assert_parity_of_models,
+    family,
+    run_three,
+    three_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -110,19 +116,6 @@ def bart(**options):
     return transformers.BartForConditionalGeneration(config)
 
 
-def three_of(model):
-    """The same weights with fastattn, with eager attention, and with eager attention in float64."""
-    model = model.eval()
-    for weight in model.parameters():
-        if weight.dim() == 2:  # with weights as small as they start, attention is nearly uniform
-            weight.mul_(4)
-    eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    for part in (*eager.modules(), *exact.modules()):
-        if isinstance(part, transformers.PreTrainedModel):
-            part.set_attn_implementation("eager")
-    return fastattn_hf.enable(model), eager, exact
-
-
 LENGTHS = (25, 7, 16)
 
 
@@ -136,39 +129,6 @@ def padded_batch(padding: str) -> dict[str, torch.Tensor]:
     if padding == "holes":
         visible[:, 3] = visible[:, 5] = False
     return {"input_ids": ids * visible, "attention_mask": visible.long()}
-
-
-class KeepFloat64(TorchFunctionMode):
-    """Leaves out the casts to float32 in a model's softmax, norms and rotary angles.
-
-    Without it a "float64" model is exact to float32 only, and of mask numbers that only float64 can
-    hold its softmax in float32 makes NaN.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.float:
-            return args[0].double()
-        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
-def run_three(models, call) -> list[torch.Tensor]:
-    """What `call` makes of each of the models, the last one in float64 throughout."""
-    results = [call(model) for model in models[:-1]]
-    with KeepFloat64():
-        return [*results, call(models[-1])]
-
-
-def hidden_states(output) -> torch.Tensor:
-    return output.logits if "logits" in output else output.last_hidden_state
-
-
-def assert_parity_of_models(models, inputs, real) -> None:
-    """The 2x rule on hidden states or logits, at positions where `real` is True."""
-    assert_parity(*run_three(models, lambda model: hidden_states(model(**inputs))[real]))
 
 
 # Self-attention alone: the encoders drop rows of padding, the decoders have windows, grouped heads,
@@ -319,14 +279,6 @@ def test_attention_weights_are_returned_when_asked_for(make):
 # --- the attention function ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["head_mask", "indices", "block_indices", "cache"])
-def test_arguments_that_change_the_result_raise(name):
-    q = torch.randn(1, 2, 4, 8)
-    with pytest.raises(NotImplementedError, match=name):
-        fastattn_hf.attention_forward(torch.nn.Identity(), q, q, q, None, **{name: torch.ones(2)})
-    fastattn_hf.attention_forward(torch.nn.Identity(), q, q, q, None, **{name: None})
-
-
 def test_a_window_without_its_mask_raises():
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match="sliding_window is 3 of 4 keys"):
@@ -401,8 +353,31 @@ def test_report_counts_layers_calls_and_says_why():
     text = str(report)
     assert "BertModel: 2 of 2 attention layers served" in text
     assert "torch scaled_dot_product_attention" in text and "triton: " in text
+    shape = (3, max(LENGTHS), 4, 16)
+    assert [layer.shapes for layer in report.layers] == [{CallKind("sdpa", shape, shape): 2}] * 2
     # Inputs start the counts afresh.
     assert fastattn_hf.report(model, **inputs).layers[1].calls == {"sdpa": 1}
+
+
+def test_served_by_says_what_will_run():
+    made = {name: family(name).make() for name in ("t5", "xlnet", "bert")}
+    by = {
+        "t5": ('attn_implementation="fastattn" (position bias as a table)', 'implementation is "'),
+        "xlnet": ("fastattn, by the adapter XLNetAttention", "enable(model) gives it an adapter"),
+        "bert": ('attn_implementation="fastattn"', 'attn_implementation is "sdpa"'),
+    }
+    for name, model in made.items():
+        before = {served_by(layer, model) for layer in attention_modules(model).values()}
+        assert all(not now and why for now, why in before)
+        assert all(by[name][1] in why for _, why in before)
+        fastattn_hf.enable(model)
+        layers = attention_modules(model).values()
+        now = {served_by(layer, model) for layer in layers}
+        bare = ('attn_implementation="fastattn" (without the zeros for a bias)', "")
+        assert now == {(by[name][0], "")} | ({bare} if name == "t5" else set())
+    model = tiny("XLM")
+    for layer in attention_modules(model).values():
+        assert "never calls" in served_by(layer, model)[1]
 
 
 def test_report_tells_layers_that_were_not_served():
@@ -419,23 +394,15 @@ def test_report_tells_layers_that_were_not_served():
 
 def tiny(family: str):
     config = {
-        "XLNet": lambda: transformers.XLNetConfig(
-            vocab_size=VOCAB, d_model=32, n_layer=2, n_head=2, d_inner=32
-        ),
-        "Deberta": lambda: transformers.DebertaConfig(
-            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=32,
-        ),
-        "DebertaV2": lambda: transformers.DebertaV2Config(
-            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=32,
-        ),
-    }[family]()  # fmt: skip
+        "Bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 2},
+        "XLM": {"vocab_size": VOCAB, "emb_dim": 32, "n_layers": 2, "n_heads": 2},
+    }[family]  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**config)
     model = getattr(transformers, f"{family}Model")
     return model._from_config(config, attn_implementation="fastattn").eval()
 
 
-@pytest.mark.parametrize("family", ["XLNet", "Deberta", "DebertaV2"])
+@pytest.mark.parametrize("family", ["Bloom", "XLM"])
 def test_models_that_never_call_the_interface_raise(family):
     model = tiny(family)
     ids = torch.randint(3, VOCAB, (2, 6))
