@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import gettext_pairs
+import t5_checkpoint
 import torch
 import typer
 from gettext_pairs import DataError, Example, Pair, batches, collate
@@ -128,9 +129,14 @@ def evaluate(model: T5Small, examples: Sequence[Example], impl: str = "auto") ->
 
 
 def run(
-    pairs: Sequence[Pair], settings: Settings, check_steps: int, check_impl: str, device: str
+    pairs: Sequence[Pair],
+    settings: Settings,
+    check_steps: int,
+    check_impl: str,
+    device: str,
+    save: Path | None = None,
 ) -> dict[str, Any]:
-    """Everything that is measured."""
+    """Everything that is measured; the trained model goes to the folder `save`."""
     parts = gettext_pairs.split_pairs(pairs, settings.num_valid, settings.num_test)
     tokenizer = gettext_pairs.train_tokenizer(parts.train, settings.vocab_size)
     train_set, valid_set, test_set = (gettext_pairs.encode(tokenizer, part) for part in parts)
@@ -145,6 +151,8 @@ def run(
     torch.manual_seed(settings.seed)
     model = T5Small(config).to(device)
     records = train(model, train_set, valid_set, settings)
+    if save is not None:
+        t5_checkpoint.save(model, tokenizer, save)
     started = time.perf_counter()
     texts = translate(model, tokenizer, test_set)
     seconds = time.perf_counter() - started
@@ -198,6 +206,10 @@ def main(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for figures, tables and plots.")
     ] = Path(__file__).parent / "results",
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the model, as fastattn.models and transformers load it."),
+    ] = None,
 ) -> None:
     """Train a small T5 on gettext catalogs through fastattn's relative position bias."""
     device = _check(device)
@@ -206,7 +218,7 @@ def main(
         catalogs = gettext_pairs.find_catalogs(data)
         counted = {name: gettext_pairs.read_catalog(path) for name, path in catalogs.items()}
         pairs = [pair for catalog in counted.values() for pair in catalog]
-        results = run(pairs, Settings(steps, seed), check_steps, check_impl, device)
+        results = run(pairs, Settings(steps, seed), check_steps, check_impl, device, save)
     except (DataError, NotImplementedError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

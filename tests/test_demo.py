@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -108,19 +107,3 @@ def test_pairs_are_of_three_kinds_and_of_very_different_lengths():
     assert len({kind for kind, *_ in PAIRS}) == 3
     assert max(words) > 20 * min(words)
     assert HEAT_MAP_SENTENCE in [sentence for _, *pair in PAIRS for sentence in pair]
-
-
-def test_heat_map_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    from matplotlib import image
-
-    from fastattn.cli.heat_map import draw_heat_map
-
-    weights = torch.zeros(3, 3)
-    weights[0, 2] = 1.0
-    path = tmp_path / "heat.png"
-    draw_heat_map(weights, ["a", "b", "c"], path, "title", marked=[(0, 2)])
-    pixels = torch.from_numpy(image.imread(path).copy())[..., :3]
-    darkest = (pixels.sum(-1) < 1.0) & (pixels[..., 2] > 1.3 * pixels[..., 0])  # dark blue
-    # One cell of nine is dark, besides the top of the color bar.
-    assert 0.005 < darkest.float().mean() < 0.1

@@ -271,29 +271,19 @@ def _explain(ours: Any, batch: _Batch) -> None:
 
 def _heat_map(ours: Any, batch: _Batch, output: Path) -> None:
     """Draws one head's weights for one sentence of the padded batch."""
-    import torch
-
-    import fastattn
-    from fastattn.cli.heat_map import draw_heat_map
+    from fastattn import visualize
 
     index = batch.sentences.index(HEAT_MAP_SENTENCE)
-    tokens, length = batch.tokens[index], batch.lengths[index]
-    title(f"One head's attention: fastattn.attention_weights(q, k, heads=[{HEAD}], rows=...)")
+    tokens = batch.tokens[index]
+    title(f"One head's attention: fastattn.visualize.capture(model, inputs, heads=[{HEAD}])")
     with working("drawing"):
-        q, k = _queries_and_keys(ours, batch.inputs, LAYER)
-        one = slice(index, index + 1)
-        weights = fastattn.attention_weights(
-            q[one],
-            k[one],
-            heads=[HEAD],
-            rows=list(range(length)),
-            mask=fastattn.Lengths(torch.tensor([length], device=q.device)),
-        )[0, 0, :, :length]
+        seen = visualize.capture(ours, batch.inputs, layer=LAYER, heads=[HEAD], sequence=index)
+        weights = seen.weights[0]
         marked = [(tokens.index(verb), tokens.index(noun)) for verb, noun in VERBS]
         headline = (
             f"MiniLM, layer {LAYER + 1} of 6, head {HEAD + 1} of 12: verbs look at their objects"
         )
-        draw_heat_map(weights, tokens, output, headline, marked)
+        visualize.heat_map(seen, tokens, title=headline, marked=marked, path=output)
     shares = ", ".join(
         f"{verb} -> {noun} {weights[cell].item():.0%}"
         for (verb, noun), cell in zip(VERBS, marked, strict=True)
@@ -301,29 +291,10 @@ def _heat_map(ours: Any, batch: _Batch, output: Path) -> None:
     console.print(f"“{HEAT_MAP_SENTENCE}”")
     console.print(
         f"Layer {LAYER + 1}, head {HEAD + 1}: verbs attend to their objects ({shares})\n"
-        f"Of the {q.shape[0]} x {q.shape[2]} x {q.shape[1]} rows of weights (sentences x heads x "
-        f"tokens), {length} were computed."
+        f"Of the weights of {len(batch.sentences)} sentences in 6 layers of 12 heads, those of one "
+        f"head and {len(tokens)} tokens were computed."
     )
     console.print(f"heat map: {output}", style="bold", soft_wrap=True)
-
-
-def _queries_and_keys(model: Any, inputs: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor]:
-    """What a layer attends with, (batch, seqlen, num_heads, head_dim), by hooks on projections."""
-    attention = model.encoder.layer[layer].attention.self
-    found: dict[str, Tensor] = {}
-    hooks = []
-    for name in ("query", "key"):
-
-        def keep(module: Any, args: Any, out: Tensor, name: str = name) -> None:
-            found[name] = out.unflatten(-1, (attention.num_attention_heads, -1))
-
-        hooks.append(getattr(attention, name).register_forward_hook(keep))
-    try:
-        _embed(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found["query"], found["key"]
 
 
 def _check_kernels(batch: _Batch, own: Any, ours: Any, device: str) -> bool:
