@@ -37,12 +37,23 @@ class GenerativeModel(Protocol):
         pad_token: of the checkpoint, None without.
     """
 
-    vocab_size: int
-    max_positions: int | None
-    is_encoder_decoder: bool
-    start_token: int | None
-    eos_tokens: tuple[int, ...]
-    pad_token: int | None
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int | None: ...
+
+    @property
+    def is_encoder_decoder(self) -> bool: ...
+
+    @property
+    def start_token(self) -> int | None: ...
+
+    @property
+    def eos_tokens(self) -> tuple[int, ...]: ...
+
+    @property
+    def pad_token(self) -> int | None: ...
 
     def start(
         self,
