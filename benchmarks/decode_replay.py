@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import WrongResult, describe
+from benchmarks.chosen import changed_choice
 from benchmarks.parity import DTYPES, Row
 from fastattn import Rotary, attention_with_kv_cache
 from fastattn.testing.cache_features import CacheCase, CacheFeature
@@ -23,30 +24,9 @@ from fastattn.testing.tolerance import compare
 from fastattn.torch_ops import kernels
 
 
-@contextlib.contextmanager
-def chosen(change: Callable[[Any], Any]) -> Iterator[list[Any]]:
-    """Within it decoding runs with `change` of the config that it would choose.
-
-    Yields:
-        The configs that were used, one a call.
-
-    Raises:
-        RuntimeError: nothing was chosen within it, so nothing of it was tested.
-    """
-    attention, used = kernels(), []
-    select = attention.select_decode_config
-
-    def select_changed(*args: Any, **kwargs: Any) -> Any:
-        used.append(change(select(*args, **kwargs)))
-        return used[-1]
-
-    attention.select_decode_config = select_changed  # type: ignore[attr-defined]
-    try:
-        yield used
-    finally:
-        attention.select_decode_config = select  # type: ignore[attr-defined]
-    if not used:
-        raise RuntimeError("no decoding config was chosen: the call did not come to the kernels")
+def chosen(change: Callable[[Any], Any]) -> contextlib.AbstractContextManager[list[Any]]:
+    """Within it decoding runs with `change` of the config that it would choose."""
+    return changed_choice(kernels(), "select_decode_config", change, "decoding")
 
 
 def causal(draw: Draw) -> dict[str, Any]:
@@ -178,10 +158,19 @@ def _decode(
 
 def _captured(case: CacheCase) -> Callable[[], Tensor]:
     """A step as a graph; on a CPU, which has none, the step."""
-    step = _step(case, "triton")
-    if not case.q.is_cuda:
+    return captured(_step(case, "triton"), _state(case))
+
+
+def captured(step: Callable[[], Tensor], state: list[Tensor]) -> Callable[[], Tensor]:
+    """A function as a graph, after which `state` is as before; on a CPU the function itself.
+
+    Args:
+        step: gives the tensor that the replays fill.
+        state: what it changes.
+    """
+    if not state[0].is_cuda:
         return step
-    before = [tensor.clone() for tensor in _state(case)]
+    before = [tensor.clone() for tensor in state]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -190,7 +179,7 @@ def _captured(case: CacheCase) -> Callable[[], Tensor]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
-    for tensor, own in zip(_state(case), before, strict=True):
+    for tensor, own in zip(state, before, strict=True):
         tensor.copy_(own)
 
     def replay() -> Tensor:

@@ -22,7 +22,7 @@ def decode_tables(rows: Iterable[Row]) -> Iterator[Table]:
         cells.append(
             [
                 label,
-                *(_microseconds(found.get(name)) for name in names),
+                *(microseconds(found.get(name)) for name in names),
                 show_number(_times_thousand(own.get("events_ms")), "{:.1f}"),
                 show_number(own.get("gb_per_s"), "{:.0f}"),
                 show_number(own.get("percent_of_copy"), "{:.0f}%"),
@@ -49,7 +49,8 @@ def _times_thousand(value: float | None) -> float | None:
     return None if value is None else value * 1e3
 
 
-def _microseconds(row: Row | None) -> str:
+def microseconds(row: Row | None) -> str:
+    """The time of a row as a cell; "error" for one that failed, "-" for one that was skipped."""
     if row is None:
         return ""
     if "error" in row:

@@ -8,11 +8,9 @@ measured them, or writes it there in place of the table before.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.decode_cases import DecodeCase, DecodeInputs, make_empty_inputs
 from benchmarks.decode_checks import Config, DecodeCheck, EmptyCheck, as_config
+from benchmarks.measured import TableCommand, best_everywhere, measured_by, write_table
 from benchmarks.providers import Provider
 from fastattn.torch_ops import kernels
 
@@ -210,27 +209,19 @@ def winners(document: Row) -> list[Row]:
                 tiles[tile] = row
     found = []
     for key, cases in groups.items():
-        everywhere = set.intersection(*(set(tiles) for tiles in cases.values()))
-        if not everywhere:
+        winner = best_everywhere(list(cases.values()))
+        if winner is None:
             continue
-        scores = {tile: _score(tile, cases.values()) for tile in everywhere}
-        best = max(scores, key=lambda tile: scores[tile])
+        best, reached = winner
         splits = {
             label: (tiles[best]["config"]["num_splits"], tiles[best]["config"]["last_combines"])
             for label, tiles in cases.items()
         }
-        found.append({"class": key, "tile": best, "score": scores[best], "splits": splits})
+        found.append({"class": key, "tile": best, "score": reached, "splits": splits})
     return found
 
 
 _TILE_FIELDS = ("block_m", "block_n", "num_warps", "num_stages")
-
-
-def _score(tile: tuple[Any, ...], cases: Iterable[dict[tuple[Any, ...], Row]]) -> float:
-    logs = [
-        math.log(min(row["ms"] for row in tiles.values()) / tiles[tile]["ms"]) for tiles in cases
-    ]
-    return math.exp(sum(logs) / len(logs))
 
 
 def as_source(document: Row, name: str) -> str:
@@ -247,11 +238,8 @@ def as_source(document: Row, name: str) -> str:
 
     found = winners(document)
     check_measured_tiles({row["class"]: row["tile"] for row in found})
-    environment = document["environment"]
     lines = [
-        f"# Measured on {environment['device']} on {environment['date'][:10]} by",
-        f"# benchmarks/results/{name}: torch {environment['torch']}, triton "
-        f"{environment.get('triton')}, commit {environment.get('commit') or 'unknown'}.",
+        *measured_by(document, name),
         "# (chip, dtype, head_dim, cache): (block_m, block_n, num_warps, num_stages)",
         "MEASURED_TILES: dict[TileClass, tuple[int, int, int, int]] = {",
     ]
@@ -269,41 +257,13 @@ def write_source(table: str, path: Path) -> None:
     Raises:
         ValueError: there is none.
     """
-    text = path.read_text(encoding="utf-8")
-    pattern = re.compile(r"^# Measured on .*?^MEASURED_TILES.*?\}\n", re.DOTALL | re.MULTILINE)
-    text, count = pattern.subn(lambda _: table, text, count=1)
-    if count == 0:
-        raise ValueError(f"{path} must hold a table MEASURED_TILES to replace, found none")
-    path.write_text(text, encoding="utf-8")
+    write_table(table, path, "MEASURED_TILES")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints or writes the winners of the file on the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode_sweep", description="The winners of a sweep as source."
-    )
-    parser.add_argument("file", type=Path, help="a file that `make gpu` wrote")
-    parser.add_argument("--write", type=Path, help="the file that the table goes into")
-    options = parser.parse_args(arguments)
-    path = options.file
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        print(f"{path}: {error}", file=sys.stderr)
-        return 2
-    if not winners(document):
-        print(f"{path} has no timed rows of {STAGE}", file=sys.stderr)
-        return 1
-    try:
-        table = as_source(document, path.name)
-        if options.write is None:
-            print(table, end="")
-        else:
-            write_source(table, options.write)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    command = TableCommand("benchmarks.decode_sweep", STAGE, winners, as_source, write_source)
+    return command.run(arguments)
 
 
 if __name__ == "__main__":

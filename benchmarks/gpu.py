@@ -1,13 +1,14 @@
 """`make gpu`: parity and speed of the kernels on a CUDA device, in under nine minutes.
 
-    PYTHONPATH=. python -m benchmarks.gpu [--quick] [--only decode] [--stage NAME ...]
+    PYTHONPATH=. python -m benchmarks.gpu [--quick] [--only sampling] [--stage NAME ...]
         [--budget-seconds S]
 
 Stages, in order: parity (every feature and every config that can be chosen here, with gradients,
-caches, graphs), ceilings (copy and matmul), forward (against torch SDPA and installed peers),
-backward (training: forward and backward, and which targets were met), decode (steps over a cache,
-and their targets), overhead (host time of a call), features, sweep (tile configs), decode-sweep
-(decoding configs). Rows are on disk as soon as they exist; an interrupted run keeps them.
+caches, graphs, draws), ceilings (copy and matmul), forward (against torch SDPA and installed
+peers), backward (training: forward and backward, and which targets were met), decode (steps over a
+cache, and their targets), sampling (draws of a token, and their targets), overhead (host time of a
+call), features, sweep (tile configs), decode-sweep and sampling-sweep (configs of these). Rows are
+on disk as soon as they exist; an interrupted run keeps them.
 
 Exit status: 0 everything is right; 1 something is wrong, or parity was not completed; 2 the run
 cannot start here; 130 it was interrupted. Speed does not change it.
@@ -32,6 +33,7 @@ from benchmarks.progress import Progress
 from benchmarks.providers import find_providers
 from benchmarks.report import print_tables, tables
 from benchmarks.results import Results, default_path, describe_environment, read_clocks
+from benchmarks.sampling_providers import find_sampling_providers
 from benchmarks.stages import Bench, run_plan
 from benchmarks.timing import CudaTimer, HostTimer, TwoTimers
 
@@ -106,13 +108,14 @@ def make_bench(options: argparse.Namespace) -> Bench:
     subjects = [options.only] if options.only else list(SUBJECTS)
     plan = make_plan(chip, stages, total, quick=options.quick, workers=workers, subjects=subjects)
     providers, decode_providers = find_providers(), find_decode_providers()
+    sampling_providers = find_sampling_providers()
     environment = describe_environment(device)
     path = options.output or default_path(environment)
     results = Results(
         path,
         environment={**environment, "chip": chip, "clocks_before": read_clocks(device)},
         settings={"quick": options.quick, "stages": plan.stages, "budget_seconds": total},
-        providers=describe_providers([*providers, *decode_providers]),
+        providers=describe_providers([*providers, *decode_providers, *sampling_providers]),
     )
     replays = CudaTimer(method="graph", target_ms=40.0)
     return Bench(
@@ -122,9 +125,11 @@ def make_bench(options: argparse.Namespace) -> Bench:
         timer=CudaTimer(),
         host_timer=HostTimer(synchronize=torch.cuda.synchronize),
         decode_timer=TwoTimers(replays, CudaTimer(method="events", target_ms=30.0)),
+        sampling_timer=CudaTimer(method="graph", target_ms=12.0, least=3),
         sweep_timer=CudaTimer(method="graph", target_ms=20.0, least=5),
         providers=providers,
         decode_providers=decode_providers,
+        sampling_providers=sampling_providers,
         results=results,
         progress=Progress(total),
     )

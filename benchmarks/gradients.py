@@ -16,7 +16,8 @@ from torch import Tensor
 
 from benchmarks.accuracy import WrongResult, attend
 from benchmarks.cases import Case, Inputs
-from fastattn.dropout import Dropout, philox, threshold
+from fastattn.dropout import Dropout, threshold
+from fastattn.philox import philox
 from fastattn.testing.tolerance import Comparison, compare
 
 _SHARED = ("dbias", "dtable")  # summed over sequences

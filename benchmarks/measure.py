@@ -17,9 +17,12 @@ from benchmarks.gradients import GradientOracle
 from benchmarks.parity import describe_error
 from benchmarks.pool import device_works
 from benchmarks.providers import Provider
+from benchmarks.sampling_cases import SamplingCase
 from benchmarks.timing import Timer, Timing, TwoTimers
 
 Row = dict[str, Any]
+AnyCase = Case | DecodeCase | SamplingCase
+FLOOR = "floor"  # the "role" of a provider that does less than the others: a bound, no peer
 
 
 class DeviceLost(RuntimeError):
@@ -45,20 +48,22 @@ def timing_fields(timing: Timing) -> Row:
     }
 
 
-def speed_fields(case: Case | DecodeCase, ms: float, ceilings: dict[str, float]) -> Row:
-    """TFLOP/s, GB/s, and the percentage of the ceiling that binds; of the copy for a decoding step.
+def speed_fields(case: AnyCase, ms: float, ceilings: dict[str, float]) -> Row:
+    """TFLOP/s, GB/s, and the percentage of the ceiling that binds; of the copy for decoding steps
+    and draws.
 
     The floor is the larger of FLOPs over the matmul rate and bytes over the copy rate, both
     measured in the same run (Williams et al., "Roofline", 2009).
     """
-    row: Row = {"tflops": case.flops / ms / 1e9, "gb_per_s": case.bytes / ms / 1e6}
+    row: Row = {"tflops": case.flops / ms / 1e9} if case.flops else {}
+    row["gb_per_s"] = case.bytes / ms / 1e6
     if ceilings:
         compute_ms = case.flops / ceilings["matmul_tflops"] / 1e9
         memory_ms = case.bytes / ceilings["copy_gb_per_s"] / 1e6
         row["floor_ms"] = max(compute_ms, memory_ms)
         row["bound"] = "compute" if compute_ms >= memory_ms else "memory"
         row["percent_of_ceiling"] = 100 * row["floor_ms"] / ms
-        if case.part == "decode":
+        if case.part in ("decode", "sampling"):
             row["percent_of_copy"] = 100 * memory_ms / ms
     return row
 
@@ -142,7 +147,7 @@ def measure(
     return guarded(row, lambda: _check_and_time(provider, inputs, checker, timer, ceilings))
 
 
-def who_and_what(provider: Provider, case: Case | DecodeCase) -> Row:
+def who_and_what(provider: Provider, case: AnyCase) -> Row:
     """The fields that every row has."""
     version = provider.version or None
     return {"provider": provider.name, "version": version, "case": case.to_dict()}
@@ -198,9 +203,16 @@ def guarded(row: Row, work: Callable[[], Row]) -> Row:
 
 
 def rank(rows: Iterable[Row]) -> None:
-    """Adds to each timed row of one case how many times faster it is than the best peer."""
+    """Adds to each timed row of one case how many times faster it is than the best peer.
+
+    Where a provider is the floor, also how many times longer than that it takes.
+    """
     timed = [row for row in rows if "ms" in row]
+    floors = [row["ms"] for row in timed if row.get("role") == FLOOR]
+    timed = [row for row in timed if row.get("role") != FLOOR]
     peers = [row["ms"] for row in timed if not row["provider"].startswith("fastattn")]
+    for row in timed if floors else []:
+        row["ratio_to_floor"] = row["ms"] / min(floors)
     for row in timed if peers else []:
         row["ratio_to_best_peer"] = min(peers) / row["ms"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import cases, decode_cases
+from benchmarks import cases, decode_cases, sampling_cases
 from benchmarks.cases import Case
 from benchmarks.decode_cases import DecodeCase
 from benchmarks.decode_checks import decode_checks, empty_checks
@@ -15,24 +15,29 @@ from benchmarks.parity import (
     feature_checks,
     gradient_checks,
 )
+from benchmarks.sampling_cases import SamplingCase
+from benchmarks.sampling_checks import sampling_checks
 
 # Seconds by stage, in order; what one leaves over goes to those after it. Together they are what a
 # whole run may take; it is cut short, and says so, on a machine too slow for that.
 BUDGETS = {
-    "parity": 206.0,
-    "ceilings": 8.0,
-    "forward": 50.0,
-    "backward": 60.0,
-    "decode": 72.0,
-    "overhead": 6.0,
-    "features": 13.0,
-    "sweep": 47.0,
-    "decode-sweep": 58.0,
+    "parity": 228.0,
+    "ceilings": 7.0,
+    "forward": 40.0,
+    "backward": 48.0,
+    "decode": 52.0,
+    "sampling": 34.0,
+    "overhead": 5.0,
+    "features": 9.0,
+    "sweep": 33.0,
+    "decode-sweep": 40.0,
+    "sampling-sweep": 24.0,
 }
 # What a run may be about: its stages, and its checks with them.
 SUBJECTS = {
-    "attention": [name for name in BUDGETS if not name.startswith("decode")],
+    "attention": [name for name in BUDGETS if not name.startswith(("decode", "sampling"))],
     "decode": ["parity", "ceilings", "decode", "decode-sweep"],
+    "sampling": ["parity", "ceilings", "sampling", "sampling-sweep"],
 }
 TOTAL_SECONDS = sum(BUDGETS.values())
 OVERHEAD_CASE = Case(1, 128, 4, 4, 64)
@@ -45,7 +50,8 @@ class Plan:
     Attributes:
         stages: names, in the order of BUDGETS.
         checks: the parity stage's tasks.
-        forward, backward, decode, features, sweep, decode_sweep: cases of these stages.
+        forward, backward, decode, sampling, features, sweep, decode_sweep, sampling_sweep: cases of
+            these stages.
         copy_bytes, matmul_size: of the ceilings.
         overhead: the case whose calls are timed on the host.
         workers: processes that check; 0 checks in this one.
@@ -57,9 +63,11 @@ class Plan:
     forward: Sequence[Case] = ()
     backward: Sequence[Case] = ()
     decode: Sequence[DecodeCase] = ()
+    sampling: Sequence[SamplingCase] = ()
     features: Sequence[Case] = ()
     sweep: Sequence[Case] = ()
     decode_sweep: Sequence[DecodeCase] = ()
+    sampling_sweep: Sequence[SamplingCase] = ()
     copy_bytes: int = 2**31
     matmul_size: int = 8192
     overhead: Case = OVERHEAD_CASE
@@ -95,9 +103,11 @@ def make_plan(
         forward=cases.forward_cases(quick),
         backward=cases.backward_cases(quick),
         decode=decode,
+        sampling=sampling_cases.sampling_cases(quick),
         features=cases.feature_cases(quick),
         sweep=cases.sweep_cases(quick),
         decode_sweep=decode_cases.decode_sweep_cases(quick),
+        sampling_sweep=sampling_cases.sampling_sweep_cases(quick),
         workers=workers,
         total_seconds=total_seconds,
     )
@@ -110,6 +120,8 @@ def _checks(chip: str, dtype: str, subjects: Sequence[str]) -> list[Any]:
         checks += gradient_checks(chip, [dtype])
     if "decode" in subjects:
         checks += decode_checks(chip, dtype)
+    if "sampling" in subjects:
+        checks += sampling_checks(dtype)
     if "attention" in subjects:
         checks += feature_checks([dtype])
     return checks

@@ -4,6 +4,7 @@ Writes, beside the file or into `--folder`:
     <name>-forward.png   sequence length against TFLOP/s, a line a provider, 20th to 80th percentile
     <name>-backward.png  the same for forward and backward together
     <name>-decode.png    tokens in the cache against time of a step, a panel a batch and layout
+    <name>-sampling.png  rows against time of a draw, a panel a setting
     <name>-sweep.png     TFLOP/s of every tile of the sweep, today's tile marked
 """
 
@@ -106,44 +107,70 @@ def _style(name: str, peers: list[str]) -> Row:
 
 
 def draw_decode(document: Row) -> Any:
-    """A figure with a panel a batch and layout, or None where there is nothing to draw.
-
-    The dashed line is what the copy's rate would take for the keys and values.
-    """
-    found: dict[tuple[int, int], list[Row]] = {}
+    """A figure with a panel a batch and layout, or None where there is nothing to draw."""
+    found: dict[Any, list[Row]] = {}
     for row in document["rows"]:
         if row["stage"] == "decode" and "ms" in row:
             case = row["case"]
             if case["seqlen_q"] == 1 and not case["stored"]:
                 found.setdefault((case["block_size"], case["batch"]), []).append(row)
-    if not found:
+    panels = {
+        f"{rows[0]['case']['layout']}, batch {batch}": rows
+        for (_, batch), rows in sorted(found.items())
+    }
+    what = "one step of decoding over a cache"
+    return _draw_times(document, panels, what, "length", "tokens in the cache")
+
+
+def draw_sampling(document: Row) -> Any:
+    """A figure with a panel a setting, of the largest vocabulary in bfloat16; None without rows."""
+    found = [row for row in document["rows"] if row["stage"] == "sampling" and "ms" in row]
+    found = [row for row in found if row["case"]["family"] == "peaked"]
+    found = [row for row in found if row["case"]["dtype"] == "bfloat16"]
+    largest = max((row["case"]["vocab_size"] for row in found), default=0)
+    panels: dict[str, list[Row]] = {}
+    for row in found:
+        if row["case"]["vocab_size"] == largest:
+            panels.setdefault(row["case"]["setting"], []).append(row)
+    what = f"one draw of a token from {largest} logits in bfloat16"
+    return _draw_times(document, panels, what, "batch", "rows")
+
+
+def _draw_times(
+    document: Row, panels: dict[str, list[Row]], what: str, name: str, label: str
+) -> Any:
+    """A figure of microseconds against `name` of the case, a line a provider; None without panels.
+
+    The dashed line is what the bytes of the case would take at the copy's rate.
+    """
+    if not panels:
         return None
-    figure, axes = _grid(len(found), document, "one step of decoding over a cache")
-    names = dict.fromkeys(row["provider"] for rows in found.values() for row in rows)
-    peers = [name for name in names if not name.startswith("fastattn")]
+    figure, axes = _grid(len(panels), document, what)
+    names = dict.fromkeys(row["provider"] for rows in panels.values() for row in rows)
+    peers = [provider for provider in names if not provider.startswith("fastattn")]
     rate = document["ceilings"].get("copy_gb_per_s")
-    for axis, ((_, batch), rows) in zip(axes, sorted(found.items()), strict=True):
-        by_length = {row["case"]["length"]: row["case"]["bytes"] for row in rows}
-        lengths = sorted(by_length)
-        for name in names:
+    for axis, (heading, rows) in zip(axes, panels.items(), strict=True):
+        sizes = {row["case"][name]: row["case"]["bytes"] for row in rows}
+        places = sorted(sizes)
+        for provider in names:
             own = sorted(
-                (row for row in rows if row["provider"] == name),
-                key=lambda row: row["case"]["length"],
+                (row for row in rows if row["provider"] == provider),
+                key=lambda row: row["case"][name],
             )
             if not own:
                 continue
-            x, style = [row["case"]["length"] for row in own], _style(name, peers)
-            axis.plot(x, [row["ms"] * 1e3 for row in own], label=name, markersize=5, **style)
+            x, style = [row["case"][name] for row in own], _style(provider, peers)
+            axis.plot(x, [row["ms"] * 1e3 for row in own], label=provider, markersize=5, **style)
             low, high = ([row[key] * 1e3 for row in own] for key in ("ms_p20", "ms_p80"))
             axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         if rate:
-            floor = [by_length[length] / rate / 1e3 for length in lengths]
-            axis.plot(lengths, floor, color="0.6", linestyle="--", linewidth=1, label="copy")
+            floor = [sizes[place] / rate / 1e3 for place in places]
+            axis.plot(places, floor, color="0.6", linestyle="--", linewidth=1, label="copy")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xticks(lengths, [_thousands(length) for length in lengths])
-        axis.set_title(f"{rows[0]['case']['layout']}, batch {batch}")
-        axis.set_xlabel("tokens in the cache")
+        axis.set_xticks(places, [_thousands(place) for place in places])
+        axis.set_title(heading)
+        axis.set_xlabel(label)
         axis.set_ylabel("microseconds")
     _legend(figure, axes)
     return figure
@@ -190,6 +217,7 @@ FIGURES: dict[str, Callable[[Row], Any]] = {
         document, "backward", "attention forward + backward (FLOPs: 3.5x forward's)"
     ),
     "decode": draw_decode,
+    "sampling": draw_sampling,
     "sweep": draw_sweep,
 }
 

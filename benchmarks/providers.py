@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import Case, Inputs
 from benchmarks.decode_cases import DecodeCase
+from benchmarks.sampling_cases import SamplingCase
 from fastattn import attention
 from fastattn.version import __version__
 
@@ -29,12 +30,12 @@ MATH_SCORES = {"forward": 2**31, "training": 2**29}
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation of attention.
+    """One implementation of attention, or of the draw of a token.
 
     Attributes:
         name: how rows call it.
-        prepare: from the inputs of a case, a `Case` or a `DecodeCase`, to the function that is
-            timed; it returns the output (batch, seqlen, num_heads, head_dim).
+        prepare: from the inputs of a case, of whichever kind, to the function that is timed; it
+            returns the output (batch, seqlen, num_heads, head_dim), or tokens (batch,).
         version: of the library.
         absent: why it cannot run here at all; "" if it can.
         skip: why it does not run a case; "" if it does.
@@ -50,7 +51,7 @@ class Provider:
     trains: bool = True
     note: Callable[[Any], dict[str, Any]] = lambda inputs: {}
 
-    def reason_to_skip(self, case: Case | DecodeCase) -> str:
+    def reason_to_skip(self, case: Case | DecodeCase | SamplingCase) -> str:
         """Why it has no time for a case; "" if it is to have one."""
         if self.absent:
             return self.absent

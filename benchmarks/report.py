@@ -7,10 +7,13 @@ from typing import Any
 
 from benchmarks.decode_report import best_configs, decode_tables
 from benchmarks.parity import show_config
+from benchmarks.sampling_report import best_sampling_configs, sampling_tables
 from benchmarks.tables import RATIO, Row, Table, is_text, show_number
 
 # Stages with a table of speeds, and what they time.
 _SPEEDS = {"forward": "", "backward": "forward + backward, 3.5x forward's FLOPs, ", "features": ""}
+
+_MOST_SHOWN = 8  # figures of a target of sampling, which has a hundred cases
 
 
 def first_line(error: str, most: int = 110) -> str:
@@ -39,11 +42,14 @@ def tables(document: Row) -> list[Table]:
         *_speeds(rows),
         _backward_alone(rows),
         *decode_tables(rows),
+        *sampling_tables(rows),
         _targets("training", document["summary"].get("targets", [])),
         _targets("decoding", document["summary"].get("decode_targets", [])),
+        _targets("sampling", document["summary"].get("sampling_targets", [])),
         _overhead(rows),
         _best_tiles(document["summary"].get("best_tiles", [])),
         best_configs(document["summary"].get("best_configs", [])),
+        best_sampling_configs(document["summary"].get("best_sampling_configs", [])),
         _errors(rows),
         _stages(document["stages"]),
     ]
@@ -115,10 +121,21 @@ def _targets(subject: str, found: Iterable[Row]) -> Table:
         ]
         shapes = [name for name in target["missing"] if "," not in name or subject == "decoding"]
         measured += [f"{shape}: {target['missing'][shape]}" for shape in shapes]
+        if subject == "sampling":
+            measured = [*measured[:_MOST_SHOWN], *_counted(target, len(measured) - _MOST_SHOWN)]
         verdict = {True: "met", False: "NOT met", None: "not measured"}[target["met"]]
         cells.append([target["target"], verdict, ", ".join(measured)])
     title = f"Targets of {subject}, from this run's rows"
     return Table(title, ["target", "verdict", "what"], cells)
+
+
+def _counted(target: Row, left: int) -> list[str]:
+    """How many figures more there are, and for how many cases there are none, by reason."""
+    counts: dict[str, int] = {}
+    for reason in target["missing"].values():
+        counts[reason] = counts.get(reason, 0) + 1
+    found = [f"and {left} more"] if left > 0 else []
+    return found + [f"{count} cases: {reason}" for reason, count in counts.items()]
 
 
 def _order(rows: dict[str, Row]) -> tuple[Any, ...]:

@@ -5,129 +5,34 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from benchmarks import decode_sweep as configs
+from benchmarks import decode_sweep as decode_configs
+from benchmarks import sampling_sweep as sampling_configs
 from benchmarks.accuracy import Oracle
-from benchmarks.cases import Case, make_inputs
-from benchmarks.decode_accuracy import DecodeChecker
-from benchmarks.decode_cases import DecodeCase, make_decode_inputs
+from benchmarks.bench import Bench as Bench
+from benchmarks.bench import check_first, measure_case, measure_cases, run_checks
+from benchmarks.cases import make_inputs
 from benchmarks.measure import (
-    Checker,
     DeviceLost,
     Row,
     guarded,
-    measure,
     measure_ceilings,
     rank,
     timing_fields,
     who_and_what,
 )
-from benchmarks.parity import (
-    ConfigCheck,
-    FeatureCheck,
-    GradientCheck,
-    OwnCheck,
-    TileCheck,
-    describe_error,
-    run_check,
-)
-from benchmarks.plan import Plan, stage_seconds
-from benchmarks.pool import PoolUnavailable, device_works, run_here, run_tasks
-from benchmarks.progress import Progress
-from benchmarks.providers import Provider, fastattn_provider
+from benchmarks.parity import describe_error
+from benchmarks.plan import stage_seconds
+from benchmarks.pool import device_works
+from benchmarks.providers import fastattn_provider
 from benchmarks.report import first_line, show_row
-from benchmarks.results import Results
 from benchmarks.sweep import best_tiles, candidate_checks, candidates, check_of, tile_provider
-from benchmarks.targets import evaluate, evaluate_decoding
-from benchmarks.timing import Run, Timer, input_sets
-
-_CHECK_SHARE = 0.6  # of a sweep's time may go to compiling and checking what it times
-_MEMORY_SHARE = 0.8  # of the free memory may go to the inputs of a decoding step
-
-
-@dataclass
-class Bench:
-    """All that a stage needs.
-
-    Attributes:
-        timer: of calls on the device; `host_timer` of the host's share.
-        decode_timer, sweep_timer: of decoding steps, and of their configs, which are many; `timer`
-            where there is none.
-        providers, decode_providers: who is measured.
-    """
-
-    plan: Plan
-    device: torch.device
-    chip: str
-    timer: Timer
-    host_timer: Timer
-    providers: Sequence[Provider]
-    results: Results
-    progress: Progress
-    decode_timer: Timer | None = None
-    sweep_timer: Timer | None = None
-    decode_providers: Sequence[Provider] = ()
-    deadline: float = 0.0
-    not_reached: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def ceilings(self) -> dict[str, float]:
-        """As measured in this run; empty before that."""
-        return self.results.document["ceilings"]
-
-    def is_late(self, left: int = 0) -> bool:
-        """Whether the stage's time is up; `left` rows are then noted as not reached."""
-        late = time.monotonic() >= self.deadline
-        if late:
-            self.not_reached += left
-        return late
-
-
-def run_checks(
-    bench: Bench, stage: str, tasks: Sequence[Any], on_row: Callable[[Any, Row], None]
-) -> None:
-    """Runs checks in worker processes, or here where there are none."""
-    check = functools.partial(run_check, device=str(bench.device))
-    seen = set()
-
-    def note(task: Any, result: Row) -> None:
-        seen.add(task)
-        row = {
-            "stage": stage,
-            "check": _kind(task),
-            "name": str(task),
-            "dtype": task.dtype,
-            "passed": "error" not in result,
-            **result,
-        }
-        bench.results.add(row)
-        verdict = "ok" if row["passed"] else f"FAILED: {first_line(result['error'])}"
-        bench.progress.row(f"{len(seen)}/{len(tasks)} {task}: {verdict}", row["passed"])
-        on_row(task, row)
-
-    if bench.plan.workers:
-        try:
-            bench.not_reached += run_tasks(
-                tasks, check, bench.deadline, note, workers=bench.plan.workers
-            )
-            return
-        except PoolUnavailable as error:
-            bench.progress.line(f"checking in this process, one after the other: {error}")
-    rest = [task for task in tasks if task not in seen]
-    bench.not_reached += run_here(rest, check, bench.deadline, note)
-
-
-def _kind(task: FeatureCheck | TileCheck | OwnCheck) -> str:
-    if isinstance(task, FeatureCheck):
-        return "feature"
-    if isinstance(task, ConfigCheck):
-        return "tile"
-    return "backward tiles" if isinstance(task, GradientCheck) else task.kind
+from benchmarks.targets import evaluate, evaluate_decoding, evaluate_sampling
+from benchmarks.timing import Run
 
 
 def parity(bench: Bench) -> None:
@@ -181,85 +86,15 @@ def decode(bench: Bench) -> None:
     measure_cases(bench, "decode", bench.plan.decode, note)
 
 
-def measure_cases(
-    bench: Bench,
-    stage: str,
-    cases: Sequence[Case | DecodeCase],
-    after_case: Callable[[], None] = lambda: None,
-) -> None:
-    """Each case by each provider. Absent providers are listed in the file's head, not in rows."""
-    providers = bench.decode_providers if stage == "decode" else bench.providers
-    present: list[tuple[Provider, Row]] = [
-        (provider, {}) for provider in providers if not provider.absent
-    ]
-    for index, case in enumerate(cases):
-        if bench.is_late(len(present) * (len(cases) - index)):
-            return
-        rows = measure_case(bench, {"stage": stage}, case, present)
-        rank(rows)
-        after_case()
-        bench.results.save()
-        for row in rows:
-            if "error" in row and row["provider"].startswith("fastattn"):
-                bench.failures.append(f"{stage}, {case}: {row['error']}")
+def sampling(bench: Bench) -> None:
+    """Draws of a token a row, by graph replay."""
 
+    def note() -> None:
+        found = evaluate_sampling(bench.results.rows)
+        bench.results.document["summary"]["sampling_targets"] = found
 
-def measure_case(
-    bench: Bench,
-    head: Row,
-    case: Case | DecodeCase,
-    providers: Sequence[tuple[Provider, Row]],
-    timer: Timer | None = None,
-) -> list[Row]:
-    """Rows of one case, as many as there is time for; each provider brings fields of its own."""
-    if isinstance(case, DecodeCase):
-        timer = timer or bench.decode_timer
-    timer = timer or bench.timer
-    try:
-        inputs, checker = _prepare(bench, case, timer)
-    except Exception as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        row = {**head, "provider": "inputs", "case": case.to_dict()}
-        key = "skipped" if isinstance(error, TooLarge) else "error"
-        bench.progress.line(show_row(bench.results.add({**row, key: describe_error(error)})))
-        if not device_works():
-            raise
-        bench.not_reached += 0 if key == "skipped" else len(providers)
-        return []
-    rows: list[Row] = []
-    for index, (provider, own) in enumerate(providers):
-        if bench.is_late(len(providers) - index):
-            break
-        row = measure({**head, **own}, provider, inputs, checker, timer, bench.ceilings)
-        rows.append(bench.results.add(row))
-        bench.progress.line(show_row(rows[-1]))
-    return rows
-
-
-class TooLarge(Exception):
-    """A case whose inputs do not fit into the memory that is free."""
-
-
-def _prepare(
-    bench: Bench, case: Case | DecodeCase, timer: Timer
-) -> tuple[list[Any], Checker | DecodeChecker]:
-    """A case's inputs, as many sets as are to be rotated among, and its check.
-
-    Raises:
-        TooLarge: a decoding step does not fit.
-    """
-    sets = input_sets(case.bytes, getattr(timer, "cache_bytes", 0))
-    if not isinstance(case, DecodeCase):
-        inputs = [make_inputs(case, bench.device, seed) for seed in range(sets)]
-        return inputs, Checker(inputs[0])
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()  # what other shapes left does not serve for these
-        needed, free = case.memory_bytes * sets, torch.cuda.mem_get_info(bench.device)[0]
-        if needed > _MEMORY_SHARE * free:
-            raise TooLarge(f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
-    steps = [make_decode_inputs(case, bench.device, seed) for seed in range(sets)]
-    return steps, DecodeChecker(steps[0])
+    note()
+    measure_cases(bench, "sampling", bench.plan.sampling, note)
 
 
 def overhead(bench: Bench) -> None:
@@ -294,28 +129,10 @@ def overhead(bench: Bench) -> None:
     bench.results.save()
 
 
-def _check_first(bench: Bench, stage: str, checks: Sequence[Any]) -> dict[Any, str]:
-    """Runs a sweep's checks in a share of its time; returns the errors of those that failed.
-
-    What was not reached is compiled when it is timed, and checked there anyway.
-    """
-    wrong: dict[Any, str] = {}
-
-    def note(task: Any, row: Row) -> None:
-        if not row["passed"]:
-            wrong[task] = row["error"]
-
-    end, now = bench.deadline, time.monotonic()
-    bench.deadline = now + _CHECK_SHARE * (end - now)
-    run_checks(bench, stage, checks, note)
-    bench.deadline, bench.not_reached = end, 0
-    return wrong
-
-
 def sweep(bench: Bench) -> None:
     """Each tile on each shape: checked in a worker, checked again on the shape, then timed."""
     cases = bench.plan.sweep
-    wrong = _check_first(bench, "sweep", candidate_checks(bench.chip, cases))
+    wrong = check_first(bench, "sweep", candidate_checks(bench.chip, cases))
     for index, case in enumerate(cases):
         if bench.is_late(sum(len(candidates(bench.chip, rest)) for rest in cases[index:])):
             return
@@ -334,9 +151,13 @@ def sweep(bench: Bench) -> None:
         bench.results.save()
 
 
-def decode_sweep(bench: Bench) -> None:
-    """Each config on each decoding step, then the best tile with the best splits together."""
-    cases = bench.plan.decode_sweep
+def _sweep_configs(bench: Bench, configs: ModuleType, cases: Sequence[Any], summary: str) -> None:
+    """Each config on each case: checked in a worker, checked again on the case, then timed.
+
+    Args:
+        configs: `decode_sweep` or `sampling_sweep`.
+        summary: the key of the summary that holds the best of them.
+    """
     swept = {case: configs.candidates(case, bench.device) for case in cases}
     checks = [
         check
@@ -344,7 +165,7 @@ def decode_sweep(bench: Bench) -> None:
         for config in swept[case]
         for check in configs.checks_of(case, config)
     ]
-    wrong = _check_first(bench, configs.STAGE, list(dict.fromkeys(checks)))
+    wrong = check_first(bench, configs.STAGE, list(dict.fromkeys(checks)))
     head = {"stage": configs.STAGE, "chip": bench.chip}
     for index, case in enumerate(cases):
         if bench.is_late(sum(len(swept[rest]) for rest in cases[index:])):
@@ -365,8 +186,19 @@ def decode_sweep(bench: Bench) -> None:
             measure_case(
                 bench, head, case, [(configs.config_provider(joint), own)], bench.sweep_timer
             )
-        bench.results.document["summary"]["best_configs"] = configs.best_configs(bench.results.rows)
+        bench.results.document["summary"][summary] = configs.best_configs(bench.results.rows)
         bench.results.save()
+
+
+def decode_sweep(bench: Bench) -> None:
+    """Each config on each decoding step, then the best tile with the best splits together."""
+    _sweep_configs(bench, decode_configs, bench.plan.decode_sweep, "best_configs")
+
+
+def sampling_sweep(bench: Bench) -> None:
+    """Each config on each draw."""
+    cases = bench.plan.sampling_sweep
+    _sweep_configs(bench, sampling_configs, cases, "best_sampling_configs")
 
 
 def run_plan(bench: Bench) -> bool:
@@ -419,8 +251,10 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "forward": forward,
     "backward": backward,
     "decode": decode,
+    "sampling": sampling,
     "overhead": overhead,
     "features": features,
     "sweep": sweep,
-    configs.STAGE: decode_sweep,
+    decode_configs.STAGE: decode_sweep,
+    sampling_configs.STAGE: sampling_sweep,
 }

@@ -7,6 +7,7 @@ the sampler's state, which its schema says, so that torch.compile keeps the orde
 from __future__ import annotations
 
 import functools
+import math
 from types import ModuleType
 
 import torch
@@ -57,14 +58,21 @@ def sample(problem: SampleProblem) -> Sample:
 def _raw_logprobs(logits: Tensor, tokens: Tensor, n: int) -> Sample:
     """Log-probabilities by the logits as they are given, in a few more passes over them."""
     failed = tokens == ERROR_TOKEN
-    total = torch.logsumexp(logits.float(), -1)
-    own = logits.gather(1, tokens.clamp_min(0)[:, None])[:, 0].float() - total
-    own = own.masked_fill(failed, float("nan"))
+    infinite = logits == math.inf
+    scores = logits.float()
+    # The first +inf has all of the mass.
+    first = infinite & (infinite.cumsum(-1) == 1)
+    alone = torch.where(first, 0.0, -math.inf)
+    scores = torch.where(infinite.any(-1, keepdim=True), alone, scores)
+    total = torch.logsumexp(scores, -1)
+    own = scores.gather(1, tokens.clamp_min(0)[:, None])[:, 0] - total
+    own = own.masked_fill(failed, math.nan)
     if not n:
         return Sample(tokens, own)
-    values, top = logits.topk(n, dim=-1)
-    values = (values.float() - total[:, None]).masked_fill(failed[:, None], float("nan"))
-    return Sample(tokens, own, top.masked_fill(failed[:, None], ERROR_TOKEN), values)
+    values, top = scores.topk(n, dim=-1)
+    top = top.masked_fill((values == -math.inf) | failed[:, None], ERROR_TOKEN)
+    values = (values - total[:, None]).masked_fill(failed[:, None], math.nan)
+    return Sample(tokens, own, top, values)
 
 
 @functools.cache

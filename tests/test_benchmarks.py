@@ -224,7 +224,7 @@ def test_budget_is_under_nine_minutes_and_rolls_over() -> None:
     assert plan.stage_seconds("parity", names, plan.TOTAL_SECONDS) == plan.BUDGETS["parity"]
     # What parity did not need goes to the stages after it, and the last may use all that is left.
     assert plan.stage_seconds("forward", names, 450.0) > plan.BUDGETS["forward"]
-    assert plan.stage_seconds("decode-sweep", names, 77.0) == 77.0
+    assert plan.stage_seconds("sampling-sweep", names, 77.0) == 77.0
 
 
 def test_stage_without_time_is_cut_short_and_says_so(tmp_path: Path) -> None:

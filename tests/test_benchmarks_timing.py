@@ -230,11 +230,15 @@ def test_plan_and_files_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(bench.plan.decode) == 63 and len(bench.plan.decode_sweep) == 9
     assert bench.decode_timer.graph.method == "graph"
     assert bench.decode_timer.events.method == "events"
+    assert len(bench.plan.sampling) == 122 and len(bench.plan.sampling_sweep) == 6
+    assert bench.sampling_timer.method == "graph"
     kinds = {type(check).__name__ for check in bench.plan.checks}
-    assert {"DecodeCheck", "GraphCheck", "InvarianceCheck", "EmptyCheck"} <= kinds
+    assert {"SampleCheck", "DecodeCheck", "GraphCheck", "InvarianceCheck", "EmptyCheck"} <= kinds
     assert len(bench.plan.checks) == len(set(bench.plan.checks))
     names = [provider.name for provider in bench.decode_providers]
     assert names[:2] == ["fastattn", "SDPA FLASH"] and "FlashInfer" in names
+    names = [provider.name for provider in bench.sampling_providers]
+    assert names[:2] == ["fastattn", "logits.amax"] and "FlashInfer" in names
     names = [provider.name for provider in bench.providers]
     assert names[:5] == ["fastattn", "SDPA FLASH", "SDPA CUDNN", "SDPA EFFICIENT", "SDPA MATH"]
     assert json.loads(path.read_text())["environment"]["chip"] == "sm_90"
@@ -249,6 +253,11 @@ def test_plan_and_files_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "DecodeCheck" in kinds and "GradientCheck" not in kinds
     features = [check.name for check in decode.plan.checks if hasattr(check, "name")]
     assert features and all(name.startswith("cache") for name in features)
+    sampling = gpu.make_bench(gpu.parse(["--only", "sampling", "--output", str(path)]))
+    assert sampling.plan.stages == ["parity", "ceilings", "sampling", "sampling-sweep"]
+    kinds = {type(check).__name__ for check in sampling.plan.checks}
+    assert kinds == {"SampleCheck", "SampleGraphCheck", "SampleInvarianceCheck"}
     attention = gpu.make_bench(gpu.parse(["--only", "attention", "--output", str(path)]))
-    assert "decode" not in attention.plan.stages and "sweep" in attention.plan.stages
+    assert not {"decode", "sampling", "sampling-sweep"} & set(attention.plan.stages)
+    assert "sweep" in attention.plan.stages
     assert not any(isinstance(check, DecodeCheck) for check in attention.plan.checks)

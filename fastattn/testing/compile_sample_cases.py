@@ -37,7 +37,7 @@ def _everything(vocab_size: int) -> dict[str, Any]:
 
 def sample_cases(target: Target) -> Iterator[CompileCase]:
     """The sampling kernel: dtypes x vocabularies x what is asked of it, on one target."""
-    from fastattn.kernels.sampling.config import select_sample_config
+    from fastattn.kernels.sampling.config import FEW_ROWS, select_sample_config
 
     for dtype, vocab_size, name in (
         (torch.bfloat16, 128256, "plain"),
@@ -49,14 +49,18 @@ def sample_cases(target: Target) -> Iterator[CompileCase]:
         (torch.float32, 100, "penalty, state"),
     ):
         top_n = 5 if name == "everything" else 0
-        config = select_sample_config(target.name, vocab_size, top_n)
-        yield CompileCase(
-            kernel="sample",
-            case=f"{str(dtype).removeprefix('torch.')} V{vocab_size} {name}",
-            config=config,
-            launch=partial(launch, dtype, vocab_size, name, top_n, config),
-            expect_tensor_cores=False,
+        many, few = (
+            select_sample_config(target.name, vocab_size, top_n, batch)
+            for batch in (FEW_ROWS + 1, FEW_ROWS)
         )
+        for config, rows in ((many, ""), (few, ", few rows"))[: 1 if few == many else 2]:
+            yield CompileCase(
+                kernel="sample",
+                case=f"{str(dtype).removeprefix('torch.')} V{vocab_size} {name}{rows}",
+                config=config,
+                launch=partial(launch, dtype, vocab_size, name, top_n, config),
+                expect_tensor_cores=False,
+            )
 
 
 def launch(dtype: torch.dtype, vocab_size: int, name: str, top_n: int, config: Any) -> None:

@@ -260,7 +260,7 @@ def launch_sample(
         return
     top_n = 0 if top_tokens is None else top_tokens.shape[1]
     if config is None:
-        config = select_sample_config(chip_of(logits.device), vocab_size, top_n)
+        config = select_sample_config(chip_of(logits.device), vocab_size, top_n, batch)
     num_tiles = config.num_tiles(vocab_size)
     places = batch * num_tiles
     candidates, offsets, tile_floats, tile_ints = (

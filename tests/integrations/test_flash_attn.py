@@ -10,6 +10,7 @@ import torch
 import fastattn.integrations.flash_attn as shim
 from fastattn.integrations.flash_attn import bert_padding
 from fastattn.testing import assert_parity
+from tests.integrations.devices import on
 from tests.integrations.flash_attn_statement import plain_batch, plain_varlen
 
 
@@ -111,18 +112,21 @@ def test_varlen_func(name):
     )
 
 
-@pytest.mark.interpreter
-def test_kernels():
+def test_kernels(device):
     for options in (OPTIONS["causal window"], OPTIONS["alibi of each sequence"]):
         check(
-            lambda *t, options=options, **more: shim.flash_attn_func(*t, **options, **more),
+            lambda *t, options=options, **more: on(device, shim.flash_attn_func)(
+                *t, **options, **more
+            ),
             lambda *t, options=options: plain_batch(*t, **options),
             [randn(2, 40, 4, 32), randn(2, 70, 2, 32), randn(2, 70, 2, 32)],
             impl="triton",
         )
     options = {"causal": True, "softcap": 2.0}
     check(
-        lambda *t, **more: shim.flash_attn_varlen_func(*t, CU_Q, CU_K, 30, 40, **options, **more),
+        lambda *t, **more: on(device, shim.flash_attn_varlen_func)(
+            *t, CU_Q, CU_K, 30, 40, **options, **more
+        ),
         lambda *t: plain_varlen(*t, CU_Q, CU_K, **options),
         [randn(60, 4, 32), randn(80, 2, 32), randn(80, 2, 32)],
         impl="triton",

@@ -7,6 +7,7 @@ import torch
 
 import fastattn.integrations.flash_attn as shim
 from fastattn.testing import assert_parity
+from tests.integrations.devices import to
 from tests.integrations.flash_attn_statement import plain, plain_batch
 
 
@@ -69,7 +70,7 @@ def with_cache(
     return torch.stack(outs), torch.stack(lses), k_cache, v_cache
 
 
-def check_cache(arguments, rotary=(None, None), impl="auto", call=None, **options):
+def check_cache(arguments, rotary=(None, None), impl="auto", call=None, device="cpu", **options):
     """A call on a cache against the statement, in output, log-sum-exp and the caches' contents."""
     arguments = [None if t is None else t for t in arguments]
     wide = [None if t is None else t.double() for t in arguments]
@@ -81,10 +82,13 @@ def check_cache(arguments, rotary=(None, None), impl="auto", call=None, **option
     named = {"lengths": "cache_seqlens", "rows": "cache_batch_idx", "leftpad": "cache_leftpad"}
     given = {named.get(name, name): value for name, value in options.items()}
     given = {"cache_seqlens": LENGTHS, **given, **(call or {})}
+    moved = to(device, caches)
     with shim.use_impl(impl):
         out, lse = shim.flash_attn_with_kvcache(
-            q, *caches, k, v, *rotary, return_softmax_lse=True, **given
-        )
+            to(device, q), *moved, *to(device, (k, v, *rotary)), return_softmax_lse=True,
+            **to(device, given),
+        )  # fmt: skip
+    out, lse, *caches = to("cpu", (out, lse, *moved))
     assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     results = (out, lse, *caches)
     names = ("out", "lse", "k_cache", "v_cache")
@@ -117,12 +121,12 @@ def test_with_kvcache(seqlens, name):
     check_cache(cache_arguments(*seqlens), **CACHE_OPTIONS[name])
 
 
-@pytest.mark.interpreter
-def test_with_kvcache_in_the_kernel():
+def test_with_kvcache_in_the_kernel(device):
     angle = torch.rand(64, 8) * 6
     check_cache(
         cache_arguments(2, 2, cached=5), (angle.cos(), angle.sin()), impl="triton", causal=True,
-        rows=torch.tensor([2, 0, 4]), leftpad=torch.tensor([0, 3, 10]), rotary_interleaved=False,
+        device=device, rows=torch.tensor([2, 0, 4]), leftpad=torch.tensor([0, 3, 10]),
+        rotary_interleaved=False,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastattn.integrations.sdpa as shim
 from fastattn.testing import assert_parity
+from tests.integrations.devices import on
 
 TORCH = torch._C._nn.scaled_dot_product_attention
 
@@ -57,11 +58,11 @@ def math_in(dtype):
     return run
 
 
-def check(tensors, *, impl="auto", **options):
+def check(tensors, *, impl="auto", device="cpu", **options):
     """Output and gradients by the parity rule; what was called must have been served."""
     dtype = tensors[0].dtype
     with shim.use_impl(impl):
-        actual = grads(shim.scaled_dot_product_attention, tensors, **options)
+        actual = grads(on(device, shim.scaled_dot_product_attention), tensors, **options)
     assert not shim.calls().passed_on
     baseline = grads(math_in(dtype), tensors, **options)
     exact = grads(math_in(torch.float64), tensors, **options)
@@ -301,17 +302,16 @@ def test_float64_and_a_named_implementation():
         pass
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("seqlens", [(40, 70), (70, 40)])
-def test_kernels(seqlens):
+def test_kernels(seqlens, device):
     seqlen_q, seqlen_k = seqlens
     tensors = operands((1, 2, seqlen_q, 32), (1, 2, seqlen_k, 32))
-    check(tensors, impl="triton", is_causal=True)
+    check(tensors, impl="triton", device=device, is_causal=True)
     mask = torch.randn(2, seqlen_q, seqlen_k)
-    check(tensors, impl="triton", attn_mask=mask)
+    check(tensors, impl="triton", device=device, attn_mask=mask)
     visible = mask > 0
     visible[0, 3] = False
-    out = check(tensors, impl="triton", attn_mask=visible)
+    out = check(tensors, impl="triton", device=device, attn_mask=visible)
     assert (out[0, 0, 3] == 0).all()
     assert shim.calls().served == {"triton": 3}
 

@@ -104,6 +104,17 @@ def assert_alike(drawn: Sample, wanted: Sample) -> None:
     assert torch.equal(drawn.top_tokens, wanted.top_tokens)
 
 
+def test_raw_log_probabilities_of_rows_with_infinities(device: str) -> None:
+    logits = draw_logits(200, 2.0, device)[:3].clone()
+    logits[0, [7, 90]] = torch.inf
+    logits[1, 3:] = -torch.inf
+    params = SamplingParams(seed=3, logprobs=5, logprobs_of="raw")
+    drawn, wanted = (fastattn.sample(logits, params, impl=impl) for impl in ("triton", "reference"))
+    assert isinstance(drawn, Sample) and isinstance(wanted, Sample)
+    assert_alike(drawn, wanted)
+    assert drawn.tokens[0] == 7 and drawn.logprobs is not None and drawn.logprobs[0] == 0.0
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [3.0, 0.3], ids=["peaked", "flat"])
 def test_draws_the_token_of_the_reference(name: str, scale: float, device: str) -> None:
