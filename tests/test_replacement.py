@@ -184,7 +184,7 @@ def test_nothing_to_replace() -> None:
     report = fastattn.replace_attention(nn.Sequential(nn.Linear(2, 2)))
     assert report.replaced == 0 and "none that fastattn knows" in str(report)
     assert "0 of 0" in str(report.calls())
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         fastattn.replace_attention(3)  # type: ignore[arg-type]
 
 

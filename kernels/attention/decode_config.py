@@ -161,7 +161,7 @@ def decode_tile(
 ) -> TileConfig:
     """The tile for `num_rows` query rows of a group; the forward pass's where they are many.
 
-    `num_modifiers` is `Modifiers.num_modifiers`; scales, block numbers and angles need registers as well.
+    `num_modifiers` is that of `Modifiers`; scales, block numbers and angles need registers as well.
     Few rows without modifiers have the tile of MEASURED_TILES, if there is one for their class.
     """
     if num_rows <= FEW_ROWS and num_modifiers == 0 and chip != "interpreter":
