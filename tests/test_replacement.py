@@ -124,16 +124,11 @@ def test_what_is_left_is_listed_with_its_reason() -> None:
     wide = nn.MultiheadAttention(1024, 2)
     patched = nn.MultiheadAttention(8, 2)
     patched.forward = patched.forward  # type: ignore[method-assign]
-    model = nn.ModuleDict(
-        {
-            "subclass": Subclass(8, 2),
-            "wide": wide,
-            "patched": patched,
-            "timm": Attention(),
-            "own": OwnAttention(),
-            "good": nn.MultiheadAttention(8, 2),
-        }  # fmt: skip
-    )
+    parts: dict[str, nn.Module] = {
+        "subclass": Subclass(8, 2), "wide": wide, "patched": patched, "timm": Attention(),
+        "own": OwnAttention(), "good": nn.MultiheadAttention(8, 2),
+    }  # fmt: skip
+    model = nn.ModuleDict(parts)
     report = fastattn.replace_attention(model)
     reasons = {layer.name: layer.reason for layer in report.layers}
     assert list(reasons) == ["subclass", "wide", "patched", "timm", "own", "good"]
