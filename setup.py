@@ -25,6 +25,7 @@ def read_long_description() -> str:
 
 CLI = ["typer", "rich", "matplotlib"]
 TRANSFORMERS = ["transformers>=5.17", "safetensors", "tokenizers"]
+MODELS = ["safetensors", "gguf"]
 EXAMPLES = ["sacrebleu>=2.4", *CLI, *TRANSFORMERS]
 TEST = [
     "pytest>=8",
@@ -32,6 +33,7 @@ TEST = [
     "pytest-xdist",
     "hypothesis",
     "setuptools>=70.1",  # the packaging test builds a wheel with the one at hand
+    *MODELS,
     *EXAMPLES,
 ]
 DEV = ["ruff", "mypy"]
@@ -60,6 +62,8 @@ setup(
     extras_require={
         "cli": CLI,
         "transformers": TRANSFORMERS,
+        "visualize": ["matplotlib"],
+        "models": MODELS,
         "examples": EXAMPLES,
         "test": TEST,
         "dev": DEV,

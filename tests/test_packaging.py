@@ -143,7 +143,7 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     unconditional = {r for r in metadata.get_all("Requires-Dist") or [] if "extra ==" not in r}
     assert unconditional == {"torch>=2.6", "numpy", 'triton>=3.6; platform_system == "Linux"'}
-    extras = {"cli", "transformers", "examples", "test", "dev"}
+    extras = {"cli", "transformers", "visualize", "models", "examples", "test", "dev"}
     assert set(metadata.get_all("Provides-Extra") or []) == extras
     entry_points = files[f"{info}/entry_points.txt"].decode()
     assert "fastattn = fastattn.cli:main" in entry_points.splitlines()

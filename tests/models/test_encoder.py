@@ -14,7 +14,6 @@ import transformers
 from torch import nn
 
 import fastattn
-from fastattn.models import checkpoint
 from fastattn.models.checkpoint import load, save
 from fastattn.models.encoder import FAMILIES, Encoder, build, make_packing
 from fastattn.models.encoder_config import read_config
@@ -41,12 +40,6 @@ MODEL_TYPES = list(FAMILIES)
 
 def small(**options):
     return initialize(Encoder(replace(SMALL, **options)), std=0.3).eval()
-
-
-@pytest.fixture(autouse=True)
-def _known_to_checkpoint(monkeypatch):
-    for model_type in MODEL_TYPES:
-        monkeypatch.setitem(checkpoint.FAMILY_MODULES, model_type, "encoder")
 
 
 # ---- parity
@@ -394,12 +387,6 @@ def test_bad_pooling_is_told():
         model.embed(_IDS, pooling="pooler")
     with pytest.raises(ValueError, match="distilbert model has no token types"):
         small(model_type="distilbert", token_types=0)(_IDS, token_type_ids=torch.zeros_like(_IDS))
-
-
-@pytest.fixture(autouse=True)
-def _known_to_checkpoint(monkeypatch):
-    for model_type in MODEL_TYPES:
-        monkeypatch.setitem(checkpoint.FAMILY_MODULES, model_type, "encoder")
 
 
 def test_cases_are_apart():

@@ -1,0 +1,258 @@
+"""Greedy generation on the CPU: our decoder against `generate` of transformers, the same weights.
+
+    python -m benchmarks.generation_cpu [--threads 2] [--tokens 128] [--out benchmarks/results]
+
+Random weights of the sizes of SmolLM2-135M and GPT-2 small, float32. Both continue the same prompts
+by as many tokens; transformers with its growing and with its static cache, whichever is faster. The
+floor of a step is what reading each weight once costs: a pass of torch.mv over all matrices that a
+step needs, as they lie in memory, and a pass of torch.sum; the faster of the two is taken. All take
+turns, and medians are compared: what else the machine does meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastattn
+from fastattn.models import load
+from fastattn.models.decoder import Decoder
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SmolLM2-135M": (
+        "Llama",
+        {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+         "max_position_embeddings": 8192, "tie_word_embeddings": True},
+    ),
+    "GPT-2 small": ("GPT2", {}),
+}  # fmt: skip
+CACHES = ("dynamic", "static")
+PROMPT = 32
+SPEEDUPS = {1: 1.8, 8: 1.4}
+"""Times as fast as transformers, by batch."""
+FLOOR = 1.4
+"""Times the floor that a step of one row may take."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; times are medians in milliseconds for a token of every row."""
+
+    model: str
+    batch: int
+    tokens: int
+    fastattn_ms: float
+    transformers_ms: float
+    transformers_cache: str
+    mv_ms: float
+    sum_ms: float
+    same_tokens: float
+    repeats: int
+
+    @property
+    def speedup(self) -> float:
+        """Times as fast as transformers."""
+        return self.transformers_ms / self.fastattn_ms
+
+    @property
+    def over_floor(self) -> float:
+        """Times the cost of reading the weights once."""
+        return self.fastattn_ms / min(self.mv_ms, self.sum_ms)
+
+
+def make_models(name: str) -> tuple[Any, Decoder]:
+    """The model of transformers with random weights, and ours with the same ones."""
+    import transformers
+
+    family, options = CONFIGS[name]
+    transformers.utils.logging.disable_progress_bar()
+    config = getattr(transformers, f"{family}Config")(**options, eos_token_id=None)
+    torch.manual_seed(0)
+    kind = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    theirs = getattr(transformers, kind)(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return theirs, load(folder)
+
+
+def generate(model: Decoder, prompts: Tensor, tokens: int) -> Tensor:
+    """The largest logit's token, `tokens` times: (batch, tokens)."""
+    logits, session = model.start(prompts, max_seqlen=prompts.shape[1] + tokens)
+    chosen = [logits.argmax(-1, keepdim=True)]
+    for _ in range(tokens - 1):
+        chosen.append(model.step(chosen[-1], session).argmax(-1, keepdim=True))
+    return torch.cat(chosen, 1)
+
+
+def generate_theirs(model: Any, prompts: Tensor, tokens: int, cache: str) -> Tensor:
+    """The same by transformers."""
+    options = {} if cache == "dynamic" else {"cache_implementation": cache}
+    ids = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=0,
+        max_new_tokens=tokens, min_new_tokens=tokens, **options,
+    )  # fmt: skip
+    return ids[:, prompts.shape[1] :]
+
+
+def weights_of_a_step(model: Decoder) -> list[Tensor]:
+    """All matrices that a token is multiplied by, the head's among them."""
+    weights = [part.weight for part in model.modules() if isinstance(part, nn.Linear)]
+    return [*weights, model.embedding.weight] if model.config.tied else weights
+
+
+def read_by_mv(weights: list[Tensor]) -> Callable[[], None]:
+    """A pass of torch.mv over the weights, as they lie in memory."""
+    inputs = {size: torch.randn(size) for size in {weight.shape[1] for weight in weights}}
+
+    @torch.no_grad()
+    def read() -> None:
+        for weight in weights:
+            torch.mv(weight, inputs[weight.shape[1]])
+
+    return read
+
+
+def read_by_sum(weights: list[Tensor]) -> Callable[[], None]:
+    """A pass of torch.sum over the weights."""
+
+    @torch.no_grad()
+    def read() -> None:
+        for weight in weights:
+            weight.sum()
+
+    return read
+
+
+def measure(name: str, batch: int, tokens: int, repeats: int, models: tuple[Any, Decoder]) -> Row:
+    """Times everything in turns, `repeats` times after one that is not counted."""
+    theirs, ours = models
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, ours.vocab_size, (batch, PROMPT), generator=generator)
+    weights = weights_of_a_step(ours)
+    runs: dict[str, Callable[[], Any]] = {
+        "fastattn": lambda: generate(ours, prompts, tokens),
+        "mv": read_by_mv(weights),
+        "sum": read_by_sum(weights),
+    }
+    for cache in CACHES:
+        runs[cache] = lambda cache=cache: generate_theirs(theirs, prompts, tokens, cache)
+    times: dict[str, list[float]] = {key: [] for key in runs}
+    results = {}
+    for turn in range(repeats + 1):
+        for key, run in runs.items():
+            passes = 5 if key in ("mv", "sum") else 1
+            for _ in range(passes):
+                began = time.perf_counter()
+                results[key] = run()
+                if turn:
+                    times[key].append(time.perf_counter() - began)
+    ms = {key: statistics.median(values) * 1e3 for key, values in times.items()}
+    best = min(CACHES, key=lambda cache: ms[cache])
+    same = (results["fastattn"] == results[best]).float().mean().item()
+    return Row(
+        name, batch, tokens, ms["fastattn"] / tokens, ms[best] / tokens, best, ms["mv"], ms["sum"],
+        same, repeats,
+    )  # fmt: skip
+
+
+def print_table(rows: list[Row]) -> None:
+    """The rows as a table; in green where a target is reached."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Greedy generation on the CPU, float32, medians")
+    for column in ("model", "batch", "transformers", "fastattn", "tokens/s", "speedup",
+                   "weights once", "over it", "same tokens"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "model" else "right")
+
+    def colored(value: float, good: bool, target: float) -> str:
+        return f"[{'green' if good else 'red'}]{value:.2f}x[/] of {target:.1f}x"
+
+    for row in rows:
+        target = SPEEDUPS.get(row.batch, 1.0)
+        floor = f"{row.over_floor:.2f}x"
+        if row.batch == 1:
+            floor = colored(row.over_floor, row.over_floor <= FLOOR, FLOOR)
+        table.add_row(
+            row.model, str(row.batch), f"{row.transformers_ms:.1f} ms ({row.transformers_cache})",
+            f"{row.fastattn_ms:.1f} ms", f"{row.batch * 1e3 / row.fastattn_ms:.1f}",
+            colored(row.speedup, row.speedup >= target, target),
+            f"{min(row.mv_ms, row.sum_ms):.1f} ms", floor, f"{row.same_tokens:.1%}",
+        )  # fmt: skip
+    Console(width=140).print(table)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Tokens a second of both, and what the weights alone would allow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4))
+    for index, row in enumerate(rows):
+        for offset, ms, color in (
+            (-0.2, row.transformers_ms, "tab:gray"), (0.2, row.fastattn_ms, "tab:blue"),
+        ):  # fmt: skip
+            axis.bar(index + offset, row.batch * 1e3 / ms, 0.4, color=color)
+        floor = row.batch * 1e3 / min(row.mv_ms, row.sum_ms)
+        axis.plot([index - 0.4, index + 0.4], [floor, floor], "k--")
+    axis.set_xticks(range(len(rows)), [f"{row.model}\nbatch {row.batch}" for row in rows])
+    axis.set(ylabel="tokens per second", yscale="log", title="gray: transformers, blue: fastattn")
+    axis.plot([], [], "k--", label="weights read once")
+    axis.legend()
+    axis.grid(alpha=0.3, axis="y", which="both")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Measures everything; writes generation_cpu.json and generation_cpu.png."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens of each row")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    rows = []
+    for name in options.models:
+        models = make_models(name)
+        for batch in options.batches:
+            rows.append(measure(name, batch, options.tokens, options.repeats, models))
+    options.out.mkdir(parents=True, exist_ok=True)
+    import transformers
+
+    record = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "fastattn": fastattn.__version__,
+        "rows": [
+            {**asdict(row), "speedup": row.speedup, "over_floor": row.over_floor} for row in rows
+        ],
+    }
+    (options.out / "generation_cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    print_table(rows)
+    plot(rows, options.out / "generation_cpu.png")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
