@@ -200,21 +200,28 @@ def plot(rows: list[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axis = plt.subplots(figsize=(8, 4))
     for index, row in enumerate(rows):
-        for offset, ms, color in (
-            (-0.2, row.transformers_ms, "tab:gray"), (0.2, row.fastattn_ms, "tab:blue"),
-        ):  # fmt: skip
-            axis.bar(index + offset, row.batch * 1e3 / ms, 0.4, color=color)
+        for offset, ms, color, name in (
+            (-0.2, row.transformers_ms, "tab:gray", "transformers"),
+            (0.2, row.fastattn_ms, "tab:blue", "fastattn"),
+        ):
+            rate, label = row.batch * 1e3 / ms, None if index else name
+            axis.bar_label(
+                axis.bar(index + offset, rate, 0.4, color=color, label=label), fmt="%.0f"
+            )
         floor = row.batch * 1e3 / min(row.mv_ms, row.sum_ms)
         axis.plot([index - 0.4, index + 0.4], [floor, floor], "k--")
     axis.set_xticks(range(len(rows)), [f"{row.model}\nbatch {row.batch}" for row in rows])
-    axis.set(ylabel="tokens per second", yscale="log", title="gray: transformers, blue: fastattn")
-    axis.plot([], [], "k--", label="weights read once")
-    axis.legend()
+    axis.set(ylabel="tokens per second", yscale="log")
+    axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.plot([], [], "k--", label="what reading the weights once would allow")
+    figure.legend(loc="upper center", ncol=3, frameon=False)
     axis.grid(alpha=0.3, axis="y", which="both")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -145,6 +145,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, panels = plt.subplots(1, len(VOCAB_SIZES), figsize=(10, 4), sharey=True)
     for panel, vocab_size in zip(panels, VOCAB_SIZES, strict=True):
@@ -160,6 +161,8 @@ def plot(rows: list[Row], path: Path) -> None:
         panel.plot([str(batch) for batch in BATCHES], targets, "k:", label="target")
         panel.set(title=f"vocabulary {vocab_size:,}", xlabel="batch", yscale="log")
         panel.grid(alpha=0.3, which="both")
+        panel.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("times as fast as transformers")
     panels[0].legend(fontsize=8)
     figure.tight_layout()
