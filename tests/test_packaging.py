@@ -154,7 +154,7 @@ def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) 
     run(sys.executable, "-c", build, cwd=source)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        # Before 3.11.4 and 3.10.12 there is no such filter, and none is needed for one's own archive.
+        # Older Pythons have no such filter, and it is our own archive.
         options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         archive.extractall(tmp_path / "unpacked", **options)
     (unpacked,) = (tmp_path / "unpacked").iterdir()
