@@ -184,7 +184,7 @@ def _penalize(problem: SampleProblem, settings: Settings, rows: slice, values: N
     if settings.presence is not None and settings.frequency is not None:
         assert problem.state is not None and problem.state.counts is not None
         counts = problem.state.counts[rows].numpy()
-        row, token = np.nonzero(counts)
+        row, token = np.divmod(few_places((counts != 0).ravel()), counts.shape[1])
         count = counts[row, token]
         presence = settings.presence[rows][row] * (count > 0)
         frequency = settings.frequency[rows][row] * count.astype(np.float32)
