@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +106,27 @@ def forget(model: nn.Module) -> None:
     """Starts the counts of a model's modules at zero."""
     for module in model.modules():
         _calls.pop(module, None)
+
+
+def attention_modules(model: nn.Module, known: Collection[nn.Module] = ()) -> dict[str, nn.Module]:
+    """The attention modules of a model by name: those known, those that called, those named so.
+
+    By convention the class of one has "Attention" in its name, or ends with "Attn". Of classes
+    within each other, such as BertSelfAttention in BertAttention, the innermost counts.
+    """
+
+    def is_one(module: nn.Module) -> bool:
+        name = type(module).__name__
+        named = "Attention" in name or name.endswith("Attn")
+        return module in known or (named and any(True for _ in module.parameters()))
+
+    found = {}
+    for name, module in model.named_modules():
+        inner = (other for other in module.modules() if other is not module)
+        chosen = module in known or bool(calls_of(module).counts)
+        if chosen or (is_one(module) and not any(map(is_one, inner))):
+            found[name] = module
+    return found
 
 
 def _record(name: str, problem: Any) -> None:

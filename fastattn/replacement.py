@@ -12,7 +12,14 @@ from torch import nn
 
 from fastattn.nn import MultiheadAttention
 from fastattn.nn.attending import Attending
-from fastattn.recording import KERNELS, CallKind, aligned, calls_of, forget
+from fastattn.recording import (
+    KERNELS,
+    CallKind,
+    aligned,
+    attention_modules,
+    calls_of,
+    forget,
+)
 
 _SDPA = "scaled_dot_product_attention"
 
@@ -166,11 +173,9 @@ def replace_attention(model: nn.Module) -> Report:
         elif isinstance(module, nn.MultiheadAttention):
             found[module] = _replace_torch(module, undo)
     layers = []
-    for name, module in model.named_modules():
-        if module not in found and _looks_like_attention(module, found):
-            found[module] = (type(module).__name__, "", _why_left(module))
-        if module in found:
-            layers.append(Layer(name, *found[module], module))
+    for name, module in attention_modules(model, found).items():
+        kind = found.get(module) or (type(module).__name__, "", _why_left(module))
+        layers.append(Layer(name, *kind, module))
     forget(model)
     return Report(type(model).__name__, tuple(layers), undo)
 
@@ -204,7 +209,7 @@ def _replace_transformers(
     model: Any, undo: list[Callable[[], Any]]
 ) -> dict[nn.Module, tuple[str, str, str]]:
     from fastattn.integrations import transformers as integration
-    from fastattn.integrations.transformers_report import attention_modules, served_by
+    from fastattn.integrations.transformers_report import served_by
 
     names = {module: type(module).__name__ for module in model.modules()}
     try:
@@ -219,19 +224,6 @@ def _replace_transformers(
             by, reason = served_by(module, model)
             found[module] = (names[module], by, reason)
     return found
-
-
-def _looks_like_attention(module: nn.Module, found: dict[nn.Module, Any]) -> bool:
-    """By the name of its class, of classes within each other the innermost."""
-
-    def named(one: nn.Module) -> bool:
-        name = type(one).__name__
-        return ("Attention" in name or name.endswith("Attn")) and any(
-            True for _ in one.parameters()
-        )
-
-    inner = (one for one in module.modules() if one is not module)
-    return named(module) and not any(one in found or named(one) for one in inner)
 
 
 def _why_left(module: nn.Module) -> str:

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from fastattn.dispatch import Explanation
-from fastattn.recording import KERNELS, CallKind, aligned, calls_of, forget
+from fastattn.recording import (
+    KERNELS,
+    CallKind,
+    aligned,
+    attention_modules,
+    calls_of,
+    forget,
+)
 
 NAME = "fastattn"
 
@@ -91,27 +98,6 @@ class Report:
         # Layers ask for the same: each kind of call is explained once.
         explained = {str(text): None for layer in self.layers for text in layer.explanations}
         return "\n".join([head, *table, *explained])
-
-
-def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention layers of a model by name: those that called fastattn, and those named so.
-
-    By transformers' convention, a layer's class has "Attention" in its name. Of classes within each
-    other, such as BertSelfAttention in BertAttention, the innermost counts.
-    """
-
-    def looks_like_attention(module: nn.Module) -> bool:
-        named = "Attention" in type(module).__name__ or type(module).__name__.endswith("Attn")
-        return named and any(True for _ in module.parameters())
-
-    found = {}
-    for name, module in model.named_modules():
-        inner = (other for other in module.modules() if other is not module)
-        if calls_of(module).counts or (
-            looks_like_attention(module) and not any(looks_like_attention(m) for m in inner)
-        ):
-            found[name] = module
-    return found
 
 
 def report(model: nn.Module, *args: Any, **kwargs: Any) -> Report:

@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 import transformers
 
 import fastattn.integrations.transformers as fastattn_hf
-from fastattn.integrations.transformers_report import attention_modules, served_by
-from fastattn.recording import CallKind
+from fastattn.integrations.transformers_report import served_by
+from fastattn.recording import CallKind, attention_modules
 from fastattn.testing import assert_parity
 from tests.integrations.families import (
     VOCAB,
