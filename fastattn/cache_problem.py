@@ -151,6 +151,28 @@ class CacheProblem:
         given = None if self.rotary is None else self.rotary.positions
         return self.positions(seqlen) if given is None else given
 
+    def with_tensors(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        k_cache: Tensor | Quantized,
+        v_cache: Tensor | Quantized,
+    ) -> CacheProblem:
+        """The same call on other operands and caches, of shapes and dtypes that were checked."""
+        (k_values, k_scale), (v_values, v_scale) = (
+            (x.values, x.scale) if isinstance(x, Quantized) else (x, None)
+            for x in (k_cache, v_cache)
+        )
+        own = self.cache
+        cache = Cache(
+            k_values, v_values, k_scale, v_scale, own.seqlens, own.block_table, own.host_seqlens
+        )
+        return CacheProblem(
+            q, cache, k, v, self.rotary, self.mask, self.bias, self.softmax_scale, self.softcap,
+            self.sinks, self.batch_invariant, self.return_lse,
+        )  # fmt: skip
+
     def row(self, index: int, total: int, k: Tensor, v: Tensor) -> AttentionProblem:
         """Row `index` as a problem without a cache; k and v are its (total, heads, dim) tokens."""
         assert self.q is not None  # only a problem with queries is attended

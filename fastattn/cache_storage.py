@@ -17,7 +17,8 @@ from fastattn.quantized import dequantize, quantize
 
 def append(problem: CacheProblem) -> None:
     """Writes the problem's new tokens behind those of each row, the keys rotated. In place."""
-    problem = rotate(replace(problem, q=None))
+    if problem.rotary is not None:
+        problem = rotate(replace(problem, q=None))
     k, v, cache = problem.k, problem.v, problem.cache
     if k is None or v is None or k.numel() + v.numel() == 0:
         return

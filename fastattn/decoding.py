@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from fastattn import dispatch
@@ -224,6 +225,65 @@ def explain_with_kv_cache(*args: Any, impl: str = "auto", **options: Any) -> Exp
         TypeError, ValueError, RuntimeError: an argument is not as that function describes it.
     """
     return dispatch.explain(_attention_problem(*args, **options), impl)
+
+
+class CheckedCalls:
+    """`attention_with_kv_cache` for the layers of one cache, whose calls are checked once a step.
+
+    A model's layers make the same call in each step, with other tensors of the same shapes. To
+    check it costs more on the host than the rest of the call, so it is done for the first layer,
+    and again for a call that differs in anything but the contents of its operands. Whoever holds
+    an instance drops it when the lengths, the table or the caches' shapes change.
+    """
+
+    def __init__(self) -> None:
+        self._checked: dict[Any, tuple[CacheProblem, dict[str, Any]]] = {}
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor | Quantized,
+        v_cache: Tensor | Quantized,
+        k: Tensor | None,
+        v: Tensor | None,
+        *,
+        cache_seqlens: Tensor,
+        block_table: Tensor | None,
+        impl: str = "auto",
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `attention_with_kv_cache`; k_cache and v_cache are those of any layer."""
+        kind = None
+        if not (torch.compiler.is_compiling() or torch.is_autocast_enabled(q.device.type)):
+            kind = _kind_of_call((q, k, v), cache_seqlens, options)
+        found = self._checked.get(kind)
+        if found is not None:
+            problem = found[0].with_tensors(q, k, v, k_cache, v_cache)
+        else:
+            problem = _attention_problem(
+                q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, block_table=block_table,
+                **options,
+            )  # fmt: skip
+            if kind is not None:
+                self._checked[kind] = (problem, options)  # kept, so that no id is another's
+        out, lse = dispatch.run(problem, impl)
+        return (out, lse) if problem.return_lse else out
+
+
+def _kind_of_call(
+    operands: tuple[Tensor | None, ...], seqlens: Tensor, options: dict[str, Any]
+) -> Any:
+    """All that the checks of a call look at, but for the contents of its options' tensors."""
+    shapes = tuple(
+        None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in operands
+    )
+    values = tuple(
+        (name, value if isinstance(value, (int, float, str)) else id(value))
+        for name, value in options.items()
+    )
+    # Tells whether somebody wrote to the lengths. A copy that was made in inference mode has none.
+    version = None if seqlens.is_inference() else seqlens._version
+    return shapes, values, version, torch.is_grad_enabled()
 
 
 def _attention_problem(q: Tensor, *args: Any, **options: Any) -> CacheProblem:

@@ -220,9 +220,9 @@ def run_with_cache(problem: CacheProblem) -> Tensor:
     out_shape = (*q.shape[:-1], cache.v.shape[-1])
     if q.numel() == 0:
         return q.new_zeros(out_shape)
-    pieces = []
-    for run in _runs(problem, parts):
-        own = q[run.rows]
+    pieces, runs = [], _runs(problem, parts)
+    for run in runs:
+        own = q if len(runs) == 1 else q[run.rows]
         if run.keys.start >= run.keys.stop or run.live == 0:
             pieces.append(own.new_zeros((*own.shape[:-1], out_shape[-1])))
             continue
@@ -234,6 +234,8 @@ def run_with_cache(problem: CacheProblem) -> Tensor:
 def _runs(problem: CacheProblem, parts: MaskParts) -> list[_Run]:
     seqlen_q = problem.seqlen_q
     totals = problem.totals()
+    if problem.mask is None and totals.count(totals[0]) == len(totals):
+        return [_Run(slice(0, len(totals)), totals[0], slice(0, totals[0]), seqlen_q)]
     starts, ends, lives = (
         None if tensor is None else tensor.tolist()
         for tensor in (parts.starts_k, parts.seqlens_k, parts.seqlens_q)

@@ -22,14 +22,16 @@ FEW_ROWS = 64
 """Up to so many rows a linear layer is bound by reading its weights, on a CPU."""
 SMALL_WEIGHT = 2**16
 """Weights of fewer elements are not worth another path than torch's own."""
+LARGE_WEIGHT = 2**23
+"""Weights of as many elements or more, 32 MiB, exceed the cache of a CPU: heads over tokens."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as torch's, which it is but for a step of decoding on a CPU.
 
     There torch's own is MKL's: one thread for a single row, and half of the speed of oneDNN for a
-    few. A single row is multiplied by slices of the weight instead, one a thread, and a few rows by
-    oneDNN. Both need the weight as `Linear` has it in memory.
+    few. oneDNN it is instead, but for a single row and a weight that no cache holds: that is read
+    fastest in slices, one a thread. Both need the weight as `Linear` has it in memory.
 
     Args:
         x: (..., in_features).
@@ -47,10 +49,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     )
     if plain or x.numel() == 0:
         return functional.linear(x, weight, bias)
-    if x.numel() > x.shape[-1]:
+    if x.numel() > x.shape[-1] or weight.numel() < LARGE_WEIGHT:
         if not _has_onednn():
             return functional.linear(x, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     slices = _count_slices(x.shape[-1], torch.get_num_threads())
     if slices == 1:
         return functional.linear(x, weight, bias)

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastattn.decoding import append_to_kv_cache, attention_with_kv_cache
+from fastattn.decoding import append_to_kv_cache
 from fastattn.nn.arguments import as_integers, per_row
-from fastattn.nn.cache_state import CacheState
+from fastattn.nn.cache_state import CacheState, Stored
+from fastattn.nn.storage import RowsView
 from fastattn.quantized import Quantized
 from fastattn.rotary import Rotary
 from fastattn.validation import check_tensor, describe
@@ -145,11 +146,16 @@ class BaseKVCache(CacheState):
                 f"q must be (batch, seqlen_q, num_heads, head_dim) with batch {batch}, the number "
                 f"of rows, got {describe(q)}"
             )
-        with self._writing(layer, rows, k) as (view, k_cache, v_cache):
-            return attention_with_kv_cache(
+
+        def attend(
+            view: RowsView, k_cache: Stored, v_cache: Stored
+        ) -> Tensor | tuple[Tensor, Tensor]:
+            return view.attend(
                 q, k_cache, v_cache, k, v, cache_seqlens=view.seqlens,
                 block_table=view.block_table, **options,
             )  # fmt: skip
+
+        return self._write(layer, rows, k, attend)
 
     def append(
         self,
@@ -162,11 +168,14 @@ class BaseKVCache(CacheState):
         impl: str = "auto",
     ) -> None:
         """Writes k and v behind the lengths, as `attention` does, without attending."""
-        with self._writing(layer, rows, k) as (view, k_cache, v_cache):
+
+        def append(view: RowsView, k_cache: Stored, v_cache: Stored) -> None:
             append_to_kv_cache(
                 k_cache, v_cache, k, v, cache_seqlens=view.seqlens,
                 block_table=view.block_table, rotary=rotary, impl=impl,
             )  # fmt: skip
+
+        self._write(layer, rows, k, append)
 
     def advance(
         self,

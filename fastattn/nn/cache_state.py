@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from fastattn.nn.arguments import as_integers, check_positive, per_row
 from fastattn.nn.storage import QUANTIZED_DTYPES, RowsView, Storage, check_scale
 from fastattn.quantized import Quantized
 from fastattn.validation import check_tensor, describe
+
+Stored = Tensor | Quantized
+Result = TypeVar("Result")
 
 
 class CacheState(ABC):
@@ -160,11 +163,17 @@ class CacheState(ABC):
             view = self._views[key] = self._view(chosen, window if consecutive else None)
         return view
 
-    @contextlib.contextmanager
-    def _writing(
-        self, layer: int, rows: Sequence[int] | Tensor | None, k: Tensor | None
-    ) -> Iterator[tuple[RowsView, Tensor | Quantized, Tensor | Quantized]]:
-        """The layer's tensors with room for k; notes that k was written, unless that raised."""
+    def _write(
+        self,
+        layer: int,
+        rows: Sequence[int] | Tensor | None,
+        k: Tensor | None,
+        call: Callable[[RowsView, Stored, Stored], Result],
+    ) -> Result:
+        """Runs `call` on the layer's tensors, with room for k; notes that k was written.
+
+        Unless `call` raised: then what the rows were given for it is taken back.
+        """
         self._check_layer(layer)
         view, count = self._select_rows(rows), 0
         if k is not None:
@@ -183,8 +192,8 @@ class CacheState(ABC):
                 view = self._select_rows(rows)
             view.room = count
         try:
-            k_cache, v_cache = (part.layer(layer, view.slots) for part in (self.keys, self.values))
-            yield view, k_cache, v_cache
+            stored = self.keys.layer(layer, view.slots), self.values.layer(layer, view.slots)
+            result = call(view, *stored)
         except BaseException:
             if not self._capturing():  # where nothing can have been taken
                 self._release_unused(view.rows)
@@ -192,6 +201,7 @@ class CacheState(ABC):
             raise
         if count and not self._capturing():
             self._written[layer, view.index] = count
+        return result
 
     def _shorten(
         self, what: str, rows: Sequence[int], lengths: Sequence[int], send: bool = True

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn.decoding import CheckedCalls
 from fastattn.quantized import Quantized
 from fastattn.validation import check_tensor, describe
 
@@ -29,7 +31,7 @@ class Storage:
 
     def layer(self, layer: int, slots: slice | Tensor = slice(None)) -> Tensor | Quantized:
         """Some slots of one layer, as `attention_with_kv_cache` takes them; a slice is no copy."""
-        values = self.values[layer]
+        values = self._layers[layer]
         if isinstance(slots, Tensor):
             values = _select(values, 0, slots)
         else:
@@ -45,6 +47,12 @@ class Storage:
             step = max(1, _COPY_BYTES // max(1, sources.numel() * tensor[0, 0, :length].nbytes))
             for part in tensor[:, :, :length].split(step):
                 part.index_copy_(1, targets, _select(part, 1, sources))
+
+    @functools.cached_property
+    def _layers(self) -> tuple[Tensor, ...]:
+        # Each layer of each step asks for its own.
+        with torch.inference_mode(False):
+            return self.values.unbind(0)
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +84,7 @@ class RowsView:
     seqlens: Tensor
     block_table: Tensor | None
     room: int = 0  # tokens a row that have room already
+    attend: CheckedCalls = field(default_factory=CheckedCalls)
 
 
 def check_scale(
