@@ -19,7 +19,7 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 XDIST := $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist worksteal)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format verify gpu compile-report clean
+.PHONY: help demo test lint format verify gpu peers compile-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,7 @@ help: ## list the targets
 	@echo '  PYTHON=python3.12    the interpreter to start from (default: python3)'
 	@echo '  NO_VENV=1            use the packages that PYTHON has; install nothing'
 	@echo '  JOBS=N               test processes (default: one a core, at most 8)'
+	@echo '  PEERS=folder         of wheels: `make peers` fills it (default: peers), `make gpu` reads it'
 
 # Threads sleep while they wait. Where others use the cores too, spinning ones make a step of
 # decoding, which is hundreds of short products, several times as long.
@@ -52,8 +53,13 @@ format: $(READY) ## rewrite the sources in the project's format
 verify: $(READY) ## compare every feature and dtype with float64
 	$(RUN) -m fastattn.cli verify $(ARGS)
 
-gpu: ## parity and benchmarks on a CUDA machine, from the checkout, installing nothing
-	PYTHONPATH=.$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu $(ARGS)
+gpu: ## parity and benchmarks on a CUDA machine, from the checkout, installing nothing; PEERS=folder
+	PYTHONPATH=.$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m \
+	    $(if $(PEERS),benchmarks.with_peers $(PEERS)) benchmarks.gpu $(ARGS)
+
+peers: ## fetch the peers' wheels into PEERS=folder, for `make gpu` on a machine without a network
+	PYTHONPATH=.$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.fetch_peers \
+	    $(or $(PEERS),peers) $(ARGS)
 
 compile-report: $(READY) ## compile every kernel config for every target, without a GPU
 	$(RUN) -m fastattn.testing.compile_report $(ARGS)
