@@ -28,7 +28,7 @@ def make_wheel(folder: Path, name: str, source: str, tag: str = "py3-none-any") 
     with zipfile.ZipFile(path, "w") as wheel:
         for file, text in {**files, f"{info}/RECORD": record}.items():
             entry = zipfile.ZipInfo(file)
-            entry.external_attr = 0o755 << 16
+            entry.external_attr = 0o100755 << 16
             wheel.writestr(entry, text)
     return path
 
