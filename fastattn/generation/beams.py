@@ -174,8 +174,8 @@ class _Search:
     def _draw(self, log_p: Tensor) -> BeamStep:
         """Candidates without replacement, by the exponential of score and log-probability.
 
-        The first of an exponential race (Efraimidis and Spirakis 2006) of rates exp(total), in the
-        order in which they arrive.
+        The first of an exponential race (Efraimidis and Spirakis 2006) of rates exp(total), then
+        the best first, as in Hugging Face's since 5.24.
         """
         vocab_size = log_p.shape[-1]
         log_p = log_p.view(*self._shape, vocab_size)
@@ -186,7 +186,9 @@ class _Search:
         drawn = totals - noise.clamp_(min=torch.finfo(noise.dtype).tiny).log().double()
         count = min(self._candidates, drawn.shape[1])
         places = drawn.topk(count).indices
-        return BeamStep(totals.gather(1, places), places % vocab_size, places // vocab_size)
+        scores, order = totals.gather(1, places).sort(-1, descending=True)
+        places = places.gather(1, order)
+        return BeamStep(scores, places % vocab_size, places // vocab_size)
 
     def _noted(
         self, found: BeamStep, logits: Tensor, length: int

@@ -57,9 +57,9 @@ class GenerationConfig:
         do_sample: draw by `sampling`, and otherwise take the best.
         sampling: its penalties, bias and bans hold for every strategy; temperature, cuts and seed
             need `do_sample`. A setting may be a tensor of one value a prompt, or one for each row
-            of the result. Every row has a seed of its own: with an int the seed plus its number;
-            of the copies of a prompt the first has the seed that is given for it. With `logprobs`
-            the result has `drawn`.
+            of the result. Every row has a seed of its own: an int is that of the first, and the
+            others follow from it; of the copies of a prompt the first has the seed that is given
+            for it. With `logprobs` the result has `drawn`.
         num_beams: 1 does not search. In each step the best `num_beams` continuations go on.
         length_penalty: beams: a sequence's score is the sum of its log-probabilities, divided by
             its number of new tokens to this power.

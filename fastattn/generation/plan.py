@@ -17,7 +17,8 @@ from fastattn.sampling import SamplingParams
 from fastattn.sampling.params import RANGES
 from fastattn.validation import describe
 
-# The golden ratio in 64 bits, as int64 holds it: seeds of a prompt's copies are far apart.
+# The golden ratio in 64 bits, as int64 holds it. Seeds of rows are far apart: with neighboring ones
+# a batch of seed 1 would repeat most of what a batch of seed 0 has drawn.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
@@ -307,7 +308,7 @@ def _seeds(seed: int | Tensor | None, batch: int, rows: int, device: torch.devic
         return torch.randint(0, 2**63 - 1, (rows,), dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor):
         start = torch.tensor(seed, dtype=torch.int64, device=device)
-        return start + torch.arange(rows, device=device)
+        return start + torch.arange(rows, device=device) * _GOLDEN
     copies = rows // batch
     if copies == 1 or seed.shape != (batch,) or seed.dtype != torch.int64:
         return seed

@@ -176,7 +176,7 @@ def test_hugging_faces_streamer(capsys: pytest.CaptureFixture[str]) -> None:
 
     class Tokenizer:
         def decode(self, tokens: Any, **options: Any) -> str:
-            return _text(list(map(int, tokens))) + "\n"
+            return _text([tokens] if isinstance(tokens, int) else list(map(int, tokens)))
 
     streamer = TextStreamer(Tokenizer(), skip_prompt=True)  # type: ignore[arg-type]
     out = generate(_model(), torch.tensor([[5, 6, 7]]), GenerationConfig(6), streamer=streamer)
