@@ -1,12 +1,13 @@
-"""Greedy generation on the CPU: our decoder against `generate` of transformers, the same weights.
+"""Generation on the CPU: our decoders against `generate` of transformers, the same weights.
 
     python -m benchmarks.generation_cpu [--threads 2] [--tokens 128] [--out benchmarks/results]
 
 Random weights of the sizes of SmolLM2-135M and GPT-2 small, float32. Both continue the same prompts
-by as many tokens; transformers with its growing and with its static cache, whichever is faster. The
-floor of a step is what reading each weight once costs: a pass of torch.mv over all matrices that a
-step needs, as they lie in memory, and a pass of torch.sum; the faster of the two is taken. All take
-turns, and medians are compared: what else the machine does meets all of them.
+by as many tokens, through their own `generate`; transformers with its growing and with its static
+cache, whichever is faster. The floor of a step is what reading each weight once costs: a pass of
+torch.mv over all matrices that a step needs, as they lie in memory, and a pass of torch.sum; the
+faster of the two is taken. All take turns, and medians are compared: what else the machine does
+meets all of them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 import fastattn
+from fastattn import SamplingParams
+from fastattn.generation import GenerationConfig, generate
 from fastattn.models import load
 from fastattn.models.decoder import Decoder
 
@@ -40,17 +43,46 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 CACHES = ("dynamic", "static")
 PROMPT = 32
-SPEEDUPS = {1: 1.8, 8: 1.4}
-"""Times as fast as transformers, by batch."""
-FLOOR = 1.4
-"""Times the floor that a step of one row may take."""
+CUTS = {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2}
+"""What sampling is measured with."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """How many prompts are continued, and how; what is expected of it.
+
+    Attributes:
+        speedup: times as fast as transformers.
+        floor: times the cost of reading the weights once that a step may take.
+        over_greedy: times as long as greedy decoding of the same prompts.
+    """
+
+    strategy: str
+    batch: int
+    speedup: float | None = None
+    floor: float | None = None
+    over_greedy: float | None = None
+
+
+TASKS = (
+    Task("greedy", 1, speedup=1.8, floor=1.4),
+    Task("sampling", 1, over_greedy=1.03),
+    Task("4 beams", 1, speedup=1.5),
+    Task("greedy", 8, speedup=1.4),
+    Task("sampling", 8, over_greedy=1.03),
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; times are medians in milliseconds for a token of every row."""
+    """One comparison; times are medians in milliseconds for a token of every prompt.
+
+    `same_tokens` is the share of tokens that are those of transformers; None where they are drawn,
+    each by its own generator.
+    """
 
     model: str
+    strategy: str
     batch: int
     tokens: int
     fastattn_ms: float
@@ -58,7 +90,8 @@ class Row:
     transformers_cache: str
     mv_ms: float
     sum_ms: float
-    same_tokens: float
+    greedy_ms: float
+    same_tokens: float | None
     repeats: int
 
     @property
@@ -70,6 +103,11 @@ class Row:
     def over_floor(self) -> float:
         """Times the cost of reading the weights once."""
         return self.fastattn_ms / min(self.mv_ms, self.sum_ms)
+
+    @property
+    def over_greedy(self) -> float:
+        """Times as long as greedy decoding of the same prompts."""
+        return self.fastattn_ms / self.greedy_ms
 
 
 def make_models(name: str) -> tuple[Any, Decoder]:
@@ -87,21 +125,26 @@ def make_models(name: str) -> tuple[Any, Decoder]:
         return theirs, load(folder)
 
 
-def generate(model: Decoder, prompts: Tensor, tokens: int) -> Tensor:
-    """The largest logit's token, `tokens` times: (batch, tokens)."""
-    logits, session = model.start(prompts, max_seqlen=prompts.shape[1] + tokens)
-    chosen = [logits.argmax(-1, keepdim=True)]
-    for _ in range(tokens - 1):
-        chosen.append(model.step(chosen[-1], session).argmax(-1, keepdim=True))
-    return torch.cat(chosen, 1)
+def run_ours(model: Decoder, prompts: Tensor, tokens: int, strategy: str) -> Tensor:
+    """New tokens (batch, tokens)."""
+    options: dict[str, Any] = {}
+    if strategy == "sampling":
+        options = {"do_sample": True, "sampling": SamplingParams(**CUTS, seed=0)}
+    elif strategy == "4 beams":
+        options = {"num_beams": 4}
+    config = GenerationConfig(tokens, min_new_tokens=tokens, eos_tokens=(), **options)
+    return generate(model, prompts, config).tokens
 
 
-def generate_theirs(model: Any, prompts: Tensor, tokens: int, cache: str) -> Tensor:
+def run_theirs(model: Any, prompts: Tensor, tokens: int, strategy: str, cache: str) -> Tensor:
     """The same by transformers."""
-    options = {} if cache == "dynamic" else {"cache_implementation": cache}
+    options: dict[str, Any] = {} if cache == "dynamic" else {"cache_implementation": cache}
+    if strategy == "4 beams":
+        options["num_beams"] = 4
+    options |= {"do_sample": strategy == "sampling", **(CUTS if strategy == "sampling" else {})}
     ids = model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=0,
-        max_new_tokens=tokens, min_new_tokens=tokens, **options,
+        prompts, attention_mask=torch.ones_like(prompts), pad_token_id=0, max_new_tokens=tokens,
+        min_new_tokens=tokens, **options,
     )  # fmt: skip
     return ids[:, prompts.shape[1] :]
 
@@ -135,36 +178,62 @@ def read_by_sum(weights: list[Tensor]) -> Callable[[], None]:
     return read
 
 
-def measure(name: str, batch: int, tokens: int, repeats: int, models: tuple[Any, Decoder]) -> Row:
-    """Times everything in turns, `repeats` times after one that is not counted."""
-    theirs, ours = models
-    generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(3, ours.vocab_size, (batch, PROMPT), generator=generator)
-    weights = weights_of_a_step(ours)
-    runs: dict[str, Callable[[], Any]] = {
-        "fastattn": lambda: generate(ours, prompts, tokens),
-        "mv": read_by_mv(weights),
-        "sum": read_by_sum(weights),
-    }
-    for cache in CACHES:
-        runs[cache] = lambda cache=cache: generate_theirs(theirs, prompts, tokens, cache)
-    times: dict[str, list[float]] = {key: [] for key in runs}
+Runs = dict[Any, Callable[[], Any]]
+
+
+def time_in_turns(runs: Runs, repeats: int, again: Callable[[Any], int]) -> tuple[Any, Any]:
+    """Medians in seconds, and what each run gave last; one turn more comes first, untimed.
+
+    Args:
+        again: how often a run is repeated within a turn.
+    """
+    times: dict[Any, list[float]] = {key: [] for key in runs}
     results = {}
     for turn in range(repeats + 1):
         for key, run in runs.items():
-            passes = 5 if key in ("mv", "sum") else 1
-            for _ in range(passes):
+            for _ in range(again(key)):
                 began = time.perf_counter()
                 results[key] = run()
                 if turn:
                     times[key].append(time.perf_counter() - began)
-    ms = {key: statistics.median(values) * 1e3 for key, values in times.items()}
-    best = min(CACHES, key=lambda cache: ms[cache])
-    same = (results["fastattn"] == results[best]).float().mean().item()
-    return Row(
-        name, batch, tokens, ms["fastattn"] / tokens, ms[best] / tokens, best, ms["mv"], ms["sum"],
-        same, repeats,
-    )  # fmt: skip
+    return {key: statistics.median(values) for key, values in times.items()}, results
+
+
+def measure(
+    name: str, batch: int, tokens: int, repeats: int, models: tuple[Any, Decoder]
+) -> list[Row]:
+    """All tasks on `batch` prompts, in turns."""
+    theirs, ours = models
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, ours.vocab_size, (batch, PROMPT), generator=generator)
+    weights = weights_of_a_step(ours)
+    runs: Runs = {"mv": read_by_mv(weights), "sum": read_by_sum(weights)}
+    strategies = [task.strategy for task in TASKS if task.batch == batch]
+    for strategy in strategies:
+        runs[strategy, "fastattn"] = lambda s=strategy: run_ours(ours, prompts, tokens, s)
+        for cache in CACHES:
+            runs[strategy, cache] = lambda s=strategy, c=cache: run_theirs(
+                theirs, prompts, tokens, s, c
+            )
+    seconds, results = time_in_turns(
+        runs, repeats, lambda key: 5 if isinstance(key, str) else 2 if key[1] == "fastattn" else 1
+    )
+    rows = []
+    for strategy in strategies:
+        best = min(CACHES, key=lambda cache: seconds[strategy, cache])
+        same = (results[strategy, "fastattn"] == results[strategy, best]).float().mean().item()
+        token = {key: seconds[strategy, key] * 1e3 / tokens for key in ("fastattn", best)}
+        rows.append(Row(
+            name, strategy, batch, tokens, token["fastattn"], token[best], best,
+            seconds["mv"] * 1e3, seconds["sum"] * 1e3, seconds["greedy", "fastattn"] * 1e3 / tokens,
+            None if strategy == "sampling" else same, repeats,
+        ))  # fmt: skip
+    return rows
+
+
+def task_of(row: Row) -> Task:
+    """What is expected of a row."""
+    return next(t for t in TASKS if (t.strategy, t.batch) == (row.strategy, row.batch))
 
 
 def print_table(rows: list[Row]) -> None:
@@ -172,26 +241,29 @@ def print_table(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Greedy generation on the CPU, float32, medians")
-    for column in ("model", "batch", "transformers", "fastattn", "tokens/s", "speedup",
-                   "weights once", "over it", "same tokens"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = Table(title="Generation on the CPU, float32, medians")
+    for column in ("model", "strategy", "batch", "transformers", "fastattn", "tokens/s", "speedup",
+                   "weights once", "over it", "over greedy", "same tokens"):  # fmt: skip
+        table.add_column(column, justify="left" if column in ("model", "strategy") else "right")
 
-    def colored(value: float, good: bool, target: float) -> str:
-        return f"[{'green' if good else 'red'}]{value:.2f}x[/] of {target:.1f}x"
+    def shown(value: float, good: bool, target: float | None) -> str:
+        if target is None:
+            return f"{value:.2f}x"
+        return f"[{'green' if good else 'red'}]{value:.2f}x[/] of {target:.2f}x"
 
     for row in rows:
-        target = SPEEDUPS.get(row.batch, 1.0)
-        floor = f"{row.over_floor:.2f}x"
-        if row.batch == 1:
-            floor = colored(row.over_floor, row.over_floor <= FLOOR, FLOOR)
+        task = task_of(row)
         table.add_row(
-            row.model, str(row.batch), f"{row.transformers_ms:.1f} ms ({row.transformers_cache})",
-            f"{row.fastattn_ms:.1f} ms", f"{row.batch * 1e3 / row.fastattn_ms:.1f}",
-            colored(row.speedup, row.speedup >= target, target),
-            f"{min(row.mv_ms, row.sum_ms):.1f} ms", floor, f"{row.same_tokens:.1%}",
+            row.model, row.strategy, str(row.batch),
+            f"{row.transformers_ms:.1f} ms ({row.transformers_cache})", f"{row.fastattn_ms:.1f} ms",
+            f"{row.batch * 1e3 / row.fastattn_ms:.1f}",
+            shown(row.speedup, row.speedup >= (task.speedup or 0), task.speedup),
+            f"{min(row.mv_ms, row.sum_ms):.1f} ms",
+            shown(row.over_floor, row.over_floor <= (task.floor or 0), task.floor),
+            shown(row.over_greedy, row.over_greedy <= (task.over_greedy or 0), task.over_greedy),
+            "drawn" if row.same_tokens is None else f"{row.same_tokens:.1%}",
         )  # fmt: skip
-    Console(width=140).print(table)
+    Console(width=160).print(table)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -202,7 +274,7 @@ def plot(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, axis = plt.subplots(figsize=(8, 4))
+    figure, axis = plt.subplots(figsize=(max(6, 1.3 * len(rows)), 4.5))
     for index, row in enumerate(rows):
         for offset, ms, color, name in (
             (-0.2, row.transformers_ms, "tab:gray", "transformers"),
@@ -214,11 +286,12 @@ def plot(rows: list[Row], path: Path) -> None:
             )
         floor = row.batch * 1e3 / min(row.mv_ms, row.sum_ms)
         axis.plot([index - 0.4, index + 0.4], [floor, floor], "k--")
-    axis.set_xticks(range(len(rows)), [f"{row.model}\nbatch {row.batch}" for row in rows])
+    names = [f"{row.model}\n{row.strategy}\nbatch {row.batch}" for row in rows]
+    axis.set_xticks(range(len(rows)), names, fontsize=8)
     axis.set(ylabel="tokens per second", yscale="log")
     axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.plot([], [], "k--", label="what reading the weights once would allow")
+    axis.plot([], [], "k--", label="what reading the weights once a step would allow")
     figure.legend(loc="upper center", ncol=3, frameon=False)
     axis.grid(alpha=0.3, axis="y", which="both")
     figure.tight_layout(rect=(0, 0, 1, 0.93))
@@ -231,17 +304,17 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each row")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], choices=[1, 8])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    rows = []
+    rows: list[Row] = []
     for name in options.models:
         models = make_models(name)
         for batch in options.batches:
-            rows.append(measure(name, batch, options.tokens, options.repeats, models))
+            rows += measure(name, batch, options.tokens, options.repeats, models)
     options.out.mkdir(parents=True, exist_ok=True)
     import transformers
 
@@ -252,9 +325,10 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         "transformers": transformers.__version__,
         "fastattn": fastattn.__version__,
         "rows": [
-            {**asdict(row), "speedup": row.speedup, "over_floor": row.over_floor} for row in rows
+            {**asdict(row), "speedup": row.speedup, "over_floor": row.over_floor,
+             "over_greedy": row.over_greedy} for row in rows
         ],
-    }
+    }  # fmt: skip
     (options.out / "generation_cpu.json").write_text(json.dumps(record, indent=1) + "\n")
     print_table(rows)
     plot(rows, options.out / "generation_cpu.png")
