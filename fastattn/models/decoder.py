@@ -10,7 +10,7 @@ Shapes in comments: B rows, N tokens of each, C channels, H heads of D channels,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,7 @@ from fastattn.models.layers import (
     RMSNorm,
     check_row_lengths,
     check_token_ids,
+    find_lengths,
     linear,
     take_last,
     transposed_in_memory,
@@ -64,9 +65,9 @@ def rotate(x: Tensor, turns: Turns) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with grouped heads; q, k and v are one linear layer."""
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         self.heads = (config.num_heads, config.num_heads_kv)
         inner = config.num_heads * config.head_dim
         rows = inner + 2 * config.num_heads_kv * config.head_dim
@@ -77,46 +78,64 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """(B, N, C) -> (B, N, H * D), before the output's linear layer."""
+    def project(self, x: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, C) -> q (B, N, H, D), k and v (B, N, K, D), rotated by `turns`."""
         heads, heads_kv = self.heads
         qkv = self.qkv(x).view(*x.shape[:2], -1, self.head_dim)  # (B, N, H + 2 K, D)
         qk, v = qkv.split_with_sizes((heads + heads_kv, heads_kv), 2)
         if self.qk_norm:
             q, k = qk.split_with_sizes(self.heads, 2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
-        if attend.turns is not None:
-            qk = rotate(qk, attend.turns)
+        if turns is not None:
+            qk = rotate(qk, turns)
         q, k = qk.split_with_sizes(self.heads, 2)
-        return attend(self.layer, q, k, v).flatten(2)
+        return q, k, v
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each on its norm and added to what came in."""
+    """One layer: attention, then the MLP, each on its norm and added to what came in.
+
+    Attributes:
+        compiled: `before` and `after` by torch.compile, for steps of decoding; else None.
+    """
+
+    compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
         mlp = GatedMLP if config.gated else MLP
         self.mlp = mlp(
             config.hidden_size, config.intermediate_size, config.activation, config.mlp_bias
         )
 
-    def forward(self, hidden: Tensor, attend: Attend, last: Tensor | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C); with `last`, places (B,), of these tokens alone: (B, 1, C)."""
-        out = self.attention(self.attention_norm(hidden), attend)
-        if last is not None:
-            hidden, out = hidden[last_rows(last), last], out[last_rows(last), last]
-            hidden, out = hidden[:, None], out[:, None]
-        hidden = hidden + self.attention.out(out)
+    def forward(self, hidden: Tensor, attend: Attend, lengths: Tensor | None = None) -> Tensor:
+        """(B, N, C) -> (B, N, C); with `lengths` (B,), of the last tokens alone: (B, 1, C)."""
+        before, after = Block.before, Block.after
+        if self.compiled is not None and is_step(hidden):
+            before, after = self.compiled
+        out = attend(self.layer, *before(self, hidden, attend.turns))
+        if lengths is not None:
+            hidden, out = (take_last(x, lengths)[:, None] for x in (hidden, out))
+        return after(self, hidden, out)
+
+    def before(self, hidden: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Up to what attends: (B, N, C) -> q (B, N, H, D), k and v (B, N, K, D)."""
+        return self.attention.project(self.attention_norm(hidden), turns)
+
+    def after(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """From what was attended, (B, N, H, D), on: (B, N, C) -> (B, N, C)."""
+        hidden = hidden + self.attention.out(out.flatten(2))
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
-def last_rows(last: Tensor) -> Tensor:
-    """0 to B - 1, the index that goes with `last`."""
-    return torch.arange(last.shape[0], device=last.device)
+def is_step(hidden: Tensor) -> bool:
+    """Whether hidden (B, N, C) is of what `Decoder.compile` is for."""
+    batch, seqlen = hidden.shape[:2]
+    return seqlen == 1 and (hidden.device.type != "cpu" or batch == 1)
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:
@@ -278,25 +297,39 @@ class Decoder(nn.Module):
         n = tokens.shape[1]
         attend = session.attend(n, rows)
         hidden = self._embed(tokens, attend.places)
-        last = None
+        lengths = None
         if not all_logits and n > 1:
             ends = [n] * tokens.shape[0] if counts is None else counts
-            last = torch.tensor(ends, device=tokens.device) - 1
+            lengths = torch.tensor(ends, device=tokens.device)
         for layer in self.layers[:-1]:
             hidden = layer(hidden, attend)
-        hidden = self.norm(self.layers[-1](hidden, attend, last))
+        hidden = self.norm(self.layers[-1](hidden, attend, lengths))
         if not session.is_capturing():  # what is captured runs nothing: its replays will count
             session.cache.advance(n if counts is None else counts, rows=rows)
         return self._apply_head(hidden if all_logits else hidden[:, 0])
 
-    # ---- embedding, positions, head
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Has torch.compile fuse what layers do around attention, for steps of decoding.
+
+        All layers share what is compiled at the first step, which takes seconds. Attention, prompts
+        and training run as before. On a CPU it is for steps of one row, and float32 weights, laid
+        out anew for it, are then read as fast as memory is. `options` are those of `torch.compile`.
+        """
+        before, after = (
+            torch.compile(half, fullgraph=True, **options) for half in (Block.before, Block.after)
+        )
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            layer.compiled = (before, after)
+            for part in layer.modules():
+                if isinstance(part, Linear):
+                    part.weight.data = part.weight.data.contiguous()
 
     def _embed(self, tokens: Tensor, places: Tensor) -> Tensor:
         hidden = self.embedding(tokens)
         if self.config.rope is not None:
             return hidden
-        # What stands behind a row's last position is padding.
-        return hidden + self.positions(places.clamp(max=self.max_positions - 1))
+        return hidden + self.positions(places.clamp(max=self.max_positions - 1))  # padding behind
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
         if self.config.head is None:
@@ -386,7 +419,7 @@ class AttendCached:
 
 
 class DecoderSession:
-    """Rows that a decoder is decoding: a contiguous cache, of `fastattn.models.protocol.Session`.
+    """Rows that a decoder is decoding, over a contiguous cache: see `fastattn.models.protocol`.
 
     Attributes:
         cache: keys and values of all layers, with room for `max_seqlen` tokens and a step.
@@ -431,12 +464,6 @@ class DecoderSession:
     def attend(self, n: int, rows: range | None) -> AttendCached:
         """How the layers attend when `n` tokens are appended to `rows` (None: all)."""
         return AttendCached(self, n, rows)
-
-
-def find_lengths(input_ids: Tensor, pad_token: int) -> Tensor:
-    """Up to the last token of each row that is no padding, at least 1: int64 (B,)."""
-    place = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-    return (place * (input_ids != pad_token)).amax(1).clamp(min=1)
 
 
 def _build(config: DecoderConfig, architecture: str) -> Decoder:

@@ -30,26 +30,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as torch's, which it is but for a step of decoding on a CPU.
 
     There torch's own is MKL's: one thread for a single row, and half of the speed of oneDNN for a
-    few. oneDNN it is instead, but for a single row and a weight that no cache holds: that is read
-    fastest in slices, one a thread. Both need the weight as `Linear` has it in memory.
+    few. oneDNN it is instead, fastest on a weight that lies as `Linear` has it. A single row and a
+    weight that no cache holds is read fastest in slices, one a thread; and compiled, a single row
+    is a sum that torch's compiler reads the weight for as fast as memory is.
 
     Args:
         x: (..., in_features).
         weight: (out_features, in_features).
         bias: (out_features,).
     """
-    plain = (
-        weight.numel() < SMALL_WEIGHT
-        or x.dtype != torch.float32
-        or x.device.type != "cpu"
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or weight.stride(0) != 1
-        or x.numel() > FEW_ROWS * x.shape[-1]
-    )
-    if plain or x.numel() == 0:
+    few = 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    if not (few and on_cpu) or torch.is_grad_enabled() or weight.numel() < SMALL_WEIGHT:
         return functional.linear(x, weight, bias)
-    if x.numel() > x.shape[-1] or weight.numel() < LARGE_WEIGHT:
+    single = x.numel() == x.shape[-1]
+    if torch.compiler.is_compiling():
+        if not single:
+            return functional.linear(x, weight, bias)
+        out = (weight * x.reshape(1, -1)).sum(-1).view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+    transposed = weight.stride(0) == 1
+    if not (transposed or weight.is_contiguous()):
+        return functional.linear(x, weight, bias)
+    if not (single and transposed and weight.numel() >= LARGE_WEIGHT):
         if not _has_onednn():
             return functional.linear(x, weight, bias)
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
@@ -200,6 +203,12 @@ def take_last(hidden: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return hidden[:, -1]
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), lengths - 1]
+
+
+def find_lengths(input_ids: Tensor, pad_token: int) -> Tensor:
+    """Up to the last token of each row that is no padding, at least 1: int64 (B,)."""
+    place = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+    return (place * (input_ids != pad_token)).amax(1).clamp(min=1)
 
 
 def check_token_ids(
