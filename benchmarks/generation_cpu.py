@@ -4,10 +4,10 @@
 
 Random weights of the sizes of SmolLM2-135M and GPT-2 small, float32. Both continue the same prompts
 by as many tokens, through their own `generate`; transformers with its growing and with its static
-cache, whichever is faster. The floor of a step is what reading each weight once costs: a pass of
-torch.mv over all matrices that a step needs, as they lie in memory, and a pass of torch.sum; the
-faster of the two is taken. All take turns, and medians are compared: what else the machine does
-meets all of them.
+cache, whichever is faster. "Compiled" is ours after `Decoder.compile()`. The floor of a step is
+what reading each weight once costs: a pass of torch.mv over all matrices that a step needs, as they
+lie in memory, and a pass of torch.sum; the faster of the two is taken. All take turns, and medians
+are compared: what else the machine does meets all of them.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Task:
 
 TASKS = (
     Task("greedy", 1, speedup=1.8, floor=1.4),
+    Task("greedy, compiled", 1, speedup=1.8, floor=1.4),
     Task("sampling", 1, over_greedy=1.03),
     Task("4 beams", 1, speedup=1.5),
     Task("greedy", 8, speedup=1.4),
@@ -110,8 +111,17 @@ class Row:
         return self.fastattn_ms / self.greedy_ms
 
 
-def make_models(name: str) -> tuple[Any, Decoder]:
-    """The model of transformers with random weights, and ours with the same ones."""
+@dataclass(frozen=True)
+class Models:
+    """The model of transformers, and ours with the same weights, as it is and compiled."""
+
+    theirs: Any
+    ours: Decoder
+    compiled: Decoder
+
+
+def make_models(name: str) -> Models:
+    """With random weights."""
     import transformers
 
     family, options = CONFIGS[name]
@@ -122,7 +132,9 @@ def make_models(name: str) -> tuple[Any, Decoder]:
     theirs = getattr(transformers, kind)(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        return theirs, load(folder)
+        models = Models(theirs, load(folder), load(folder))
+    models.compiled.compile()
+    return models
 
 
 def run_ours(model: Decoder, prompts: Tensor, tokens: int, strategy: str) -> Tensor:
@@ -199,21 +211,21 @@ def time_in_turns(runs: Runs, repeats: int, again: Callable[[Any], int]) -> tupl
     return {key: statistics.median(values) for key, values in times.items()}, results
 
 
-def measure(
-    name: str, batch: int, tokens: int, repeats: int, models: tuple[Any, Decoder]
-) -> list[Row]:
+def measure(name: str, batch: int, tokens: int, repeats: int, models: Models) -> list[Row]:
     """All tasks on `batch` prompts, in turns."""
-    theirs, ours = models
+    ours = models.ours
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(3, ours.vocab_size, (batch, PROMPT), generator=generator)
     weights = weights_of_a_step(ours)
     runs: Runs = {"mv": read_by_mv(weights), "sum": read_by_sum(weights)}
     strategies = [task.strategy for task in TASKS if task.batch == batch]
     for strategy in strategies:
-        runs[strategy, "fastattn"] = lambda s=strategy: run_ours(ours, prompts, tokens, s)
+        kind, _, compiled = strategy.partition(", ")
+        own = models.compiled if compiled else ours
+        runs[strategy, "fastattn"] = lambda m=own, k=kind: run_ours(m, prompts, tokens, k)
         for cache in CACHES:
-            runs[strategy, cache] = lambda s=strategy, c=cache: run_theirs(
-                theirs, prompts, tokens, s, c
+            runs[strategy, cache] = lambda k=kind, c=cache: run_theirs(
+                models.theirs, prompts, tokens, k, c
             )
     seconds, results = time_in_turns(
         runs, repeats, lambda key: 5 if isinstance(key, str) else 2 if key[1] == "fastattn" else 1

@@ -45,11 +45,11 @@ def test_both_generate_the_same_and_it_is_written_down(tiny: None, tmp_path: Pat
 
 
 def test_all_matrices_of_a_step_are_read(tiny: None) -> None:
-    _, ours = generation_cpu.make_models("a")
+    ours = generation_cpu.make_models("a").ours
     counted = sum(weight.numel() for weight in generation_cpu.weights_of_a_step(ours))
     matrices = sum(p.numel() for p in ours.parameters() if p.dim() == 2)
     assert counted == matrices - ours.embedding.weight.numel()  # of which a step reads one row
-    _, ours = generation_cpu.make_models("b")
+    ours = generation_cpu.make_models("b").ours
     counted = sum(weight.numel() for weight in generation_cpu.weights_of_a_step(ours))
     matrices = sum(p.numel() for p in ours.parameters() if p.dim() == 2)
     assert counted == matrices - ours.positions.weight.numel()
