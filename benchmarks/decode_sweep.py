@@ -9,11 +9,9 @@ measured them, or writes it there in place of the table before.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.decode_cases import DecodeCase, DecodeInputs, make_empty_inputs
 from benchmarks.decode_checks import Config, DecodeCheck, EmptyCheck, as_config
-from benchmarks.measured import TableCommand, best_everywhere, measured_by, write_table
+from benchmarks.measured import TableCommand, Winner, best_everywhere
 from benchmarks.providers import Provider
 from fastattn.torch_ops import kernels
 
@@ -187,83 +185,50 @@ def _last_combines_gain(rows: Sequence[Row]) -> float | None:
     return times[False] / times[True] if len(times) == 2 else None
 
 
-def winners(document: Row) -> list[Row]:
+def winners(document: Row) -> list[Winner]:
     """The tile that is best over all cases of each class that dispatch tells apart.
 
     Its score is the geometric mean, over the cases, of the fastest time over its own, with the
     splits that suit it best there. Only tiles that ran on every case count.
     """
-    from fastattn.kernels.attention.decode_config import tile_class
+    from fastattn.kernels.attention.decode_config import DECODE_SPACE, decode_class
 
-    groups: dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], Row]]] = {}
+    groups: dict[tuple[Any, ...] | None, dict[str, dict[tuple[Any, ...], Row]]] = {}
     for row in document["rows"]:
         if row["stage"] == STAGE and "ms" in row:
             case, config = row["case"], row["config"]
-            key = tile_class(
-                row["chip"], case["dtype"], case["head_dim"], quantized=bool(case["stored"]),
-                paged=bool(case["block_size"]),
+            key = decode_class(
+                row["chip"], case["head_dim"], getattr(torch, case["dtype"]),
+                case["seqlen_q"] * (case["num_heads"] // case["num_heads_kv"]), 0,
+                quantized=bool(case["stored"]), paged=bool(case["block_size"]),
             )  # fmt: skip
             tiles = groups.setdefault(key, {}).setdefault(case["label"], {})
-            tile = tuple(config[name] for name in _TILE_FIELDS)
+            tile = tuple(config[name] for name in DECODE_SPACE.values)
             if tile not in tiles or row["ms"] < tiles[tile]["ms"]:
                 tiles[tile] = row
     found = []
     for key, cases in groups.items():
-        winner = best_everywhere(list(cases.values()))
-        if winner is None:
-            continue
-        best, reached = winner
-        splits = {
-            label: (tiles[best]["config"]["num_splits"], tiles[best]["config"]["last_combines"])
-            for label, tiles in cases.items()
-        }
-        found.append({"class": key, "tile": best, "score": reached, "splits": splits})
+        best = best_everywhere(list(cases.values()))
+        if key is not None and best is not None:
+            tile, reached = best
+            rows = {label: tiles[tile] for label, tiles in cases.items()}
+            values = dict(zip(DECODE_SPACE.values, tile, strict=True))
+            found.append(Winner(key, values, reached, rows))
     return found
 
 
-_TILE_FIELDS = ("block_m", "block_n", "num_warps", "num_stages")
+def _space() -> Any:
+    from fastattn.kernels.attention.decode_config import DECODE_SPACE
+
+    return DECODE_SPACE
 
 
-def as_source(document: Row, name: str) -> str:
-    """The winners as a table of Python for `decode_config.py`.
-
-    Args:
-        document: a results file.
-        name: of that file, which the table names as its measure.
-
-    Raises:
-        ValueError: dispatch would refuse an entry.
-    """
-    from fastattn.kernels.attention.decode_config import check_measured_tiles
-
-    found = winners(document)
-    check_measured_tiles({row["class"]: row["tile"] for row in found})
-    lines = [
-        *measured_by(document, name),
-        "# (chip, dtype, head_dim, cache): (block_m, block_n, num_warps, num_stages)",
-        "MEASURED_TILES: dict[TileClass, tuple[int, int, int, int]] = {",
-    ]
-    for row in found:
-        lines.append(f"    ({json.dumps(row['class'])[1:-1]}): {row['tile']},")
-        for label, (splits, last_combines) in row["splits"].items():
-            how = ", last combines" if last_combines else ""
-            lines.append(f"    #   {label}: {splits} split{'s' if splits > 1 else ''}{how}")
-    return "\n".join([*lines, "}"]) + "\n"
-
-
-def write_source(table: str, path: Path) -> None:
-    """Puts a table of `as_source` into a file, in place of the one that is there.
-
-    Raises:
-        ValueError: there is none.
-    """
-    write_table(table, path, "MEASURED_TILES")
+TABLE = TableCommand("benchmarks.decode_sweep", STAGE, winners, _space)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints or writes the winners of the file on the command line; returns the exit status."""
-    command = TableCommand("benchmarks.decode_sweep", STAGE, winners, as_source, write_source)
-    return command.run(arguments)
+    return TABLE.run(arguments)
 
 
 if __name__ == "__main__":

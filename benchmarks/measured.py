@@ -1,4 +1,4 @@
-"""From the rows of a sweep to source: what the sweeps of decoding and of sampling share."""
+"""From the rows of a sweep to source: what all sweeps share."""
 
 from __future__ import annotations
 
@@ -35,6 +35,23 @@ def best_everywhere(cases: Sequence[dict[Any, Row]]) -> tuple[Any, float] | None
     return best, scores[best]
 
 
+@dataclass(frozen=True)
+class Winner:
+    """The config that is best over all cases of a class.
+
+    Attributes:
+        problem_class: as dispatch tells problems apart.
+        config: values of the config's fields that the class's `ConfigSpace` knows.
+        score: of it, `score`.
+        rows: its row of each case, by label.
+    """
+
+    problem_class: tuple[Any, ...]
+    config: dict[str, Any]
+    score: float
+    rows: dict[str, Row]
+
+
 def measured_by(document: Row, name: str) -> list[str]:
     """Lines of a comment that say on what, when and by which file a table was measured."""
     environment = document["environment"]
@@ -43,6 +60,39 @@ def measured_by(document: Row, name: str) -> list[str]:
         f"# benchmarks/results/{name}: torch {environment['torch']}, triton "
         f"{environment.get('triton')}, commit {environment.get('commit') or 'unknown'}.",
     ]
+
+
+def as_table(document: Row, name: str, found: Iterable[Winner], space: Any) -> str:
+    """Winners as a table of Python.
+
+    Args:
+        document: a results file.
+        name: of that file, which each entry names as its measure.
+        space: the `ConfigSpace` of the table.
+
+    Raises:
+        ValueError: dispatch would refuse an entry.
+    """
+    lines = [
+        *measured_by(document, name),
+        f"# ({', '.join(space.parts)}): a config, and its file",
+        f"{space.table}: dict[ProblemClass, Measured] = {{",
+    ]
+    for winner in found:
+        try:
+            space.check_class(winner.problem_class)
+            space.make_config(winner.config)
+        except ValueError as error:
+            raise ValueError(f"{space.table}[{winner.problem_class!r}]: {error}") from error
+        fields = ", ".join(f"{field}={value!r}" for field, value in winner.config.items())
+        count = len(winner.rows)
+        lines += [
+            f"    # {100 * winner.score:.0f}% of the fastest on average over {count} cases",
+            f"    ({json.dumps(winner.problem_class)[1:-1]}): Measured(",
+            f"        {space.config.__name__}({fields}), {json.dumps(name)}",
+            "    ),",
+        ]
+    return "\n".join([*lines, "}"]) + "\n"
 
 
 def write_table(table: str, path: Path, name: str) -> None:
@@ -70,16 +120,13 @@ class TableCommand:
         module: what `python -m` calls it.
         stage: of the sweep.
         winners: of a document; empty where nothing was timed.
-        as_source: from a document and its file's name to a table; ValueError where dispatch would
-            refuse an entry.
-        write: from a table and a path.
+        space: gives the `ConfigSpace` of the table.
     """
 
     module: str
     stage: str
-    winners: Callable[[Row], list[Row]]
-    as_source: Callable[[Row, str], str]
-    write: Callable[[str, Path], None]
+    winners: Callable[[Row], list[Winner]]
+    space: Callable[[], Any]
 
     def run(self, arguments: Sequence[str] | None = None) -> int:
         """Prints or writes the winners of the file on the command line; the exit status."""
@@ -95,15 +142,16 @@ class TableCommand:
         except (OSError, ValueError) as error:
             print(f"{path}: {error}", file=sys.stderr)
             return 2
-        if not self.winners(document):
+        found = self.winners(document)
+        if not found:
             print(f"{path} has no timed rows of {self.stage}", file=sys.stderr)
             return 1
         try:
-            table = self.as_source(document, path.name)
+            table = as_table(document, path.name, found, self.space())
             if options.write is None:
                 print(table, end="")
             else:
-                self.write(table, options.write)
+                write_table(table, options.write, self.space().table)
         except (OSError, ValueError) as error:
             print(error, file=sys.stderr)
             return 2

@@ -149,10 +149,12 @@ def dispatch_checks(chip: str, dtypes: Iterable[str]) -> list[ConfigCheck]:
     checks = []
     for dtype, head_dim in itertools.product(dtypes, head_dims(chip)):
         for seqlen, modifiers in problems:
-            config = as_tuple(
-                select_forward_config(chip, head_dim, DTYPES[dtype], seqlen, len(modifiers))
-            )
             for causal in (False,) if modifiers else (False, True):
+                config = as_tuple(
+                    select_forward_config(
+                        chip, head_dim, DTYPES[dtype], seqlen, len(modifiers), causal
+                    )
+                )
                 checks.append(ConfigCheck(config, head_dim, dtype, causal, modifiers, shape))
     return list(dict.fromkeys(checks))
 
@@ -176,8 +178,8 @@ def gradient_checks(chip: str, dtypes: Iterable[str]) -> list[GradientCheck]:
     checks = []
     for dtype, head_dim in itertools.product(dtypes, head_dims(chip)):
         for modifiers, masks in _BACKWARD_PROBLEMS:
-            tiles = backward_tiles(chip, head_dim, dtype, modifiers)
             for causal in masks:
+                tiles = backward_tiles(chip, head_dim, dtype, modifiers, causal=causal)
                 checks.append(GradientCheck(*tiles, head_dim, dtype, causal, modifiers, group))
                 if not modifiers:
                     checks.append(GradientCheck(*tiles, head_dim, dtype, causal, (), alone))
@@ -194,13 +196,18 @@ def gradient_checks(chip: str, dtypes: Iterable[str]) -> list[GradientCheck]:
 
 
 def backward_tiles(
-    chip: str, head_dim: int, dtype: str, modifiers: tuple[str, ...] = ()
+    chip: str,
+    head_dim: int,
+    dtype: str,
+    modifiers: tuple[str, ...] = (),
+    *,
+    causal: bool = False,
 ) -> tuple[Tile, Tile, Tile]:
     """Tiles by rows, by keys and of a shared bias, as dispatch chooses them."""
     from fastattn.kernels.attention.config import select_backward_config
 
     config = select_backward_config(
-        chip, head_dim, DTYPES[dtype], len(modifiers), "T5 bias" in modifiers
+        chip, head_dim, DTYPES[dtype], len(modifiers), "T5 bias" in modifiers, causal
     )
     return as_tuple(config.rows), as_tuple(config.keys), as_tuple(config.bias)
 

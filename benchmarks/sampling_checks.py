@@ -343,9 +343,9 @@ class SampleInvarianceCheck:
         self, logits: Tensor, params: SamplingParams, own: Tensor, together: Tensor
     ) -> int:
         """Near ties, which there are only where configs differ."""
-        from fastattn.kernels.sampling.config import MEASURED_CONFIGS
+        from fastattn.kernels.sampling.config import MEASURED_SAMPLE
 
-        if MEASURED_CONFIGS:
+        if MEASURED_SAMPLE:
             return check_tokens(make_sample_problem(logits, params, None), own, together)
         if not torch.equal(own, together):
             place = int((own != together).nonzero()[0])

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measured import TableCommand, best_everywhere, measured_by, score, write_table
+from benchmarks.measured import TableCommand, Winner, best_everywhere, score
 from benchmarks.providers import Provider
 from benchmarks.sampling_cases import SETTINGS, SamplingCase, SamplingInputs
 from benchmarks.sampling_checks import Config, SampleCheck, as_config
@@ -131,72 +129,50 @@ def best_configs(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
-def winners(document: Row) -> list[Row]:
+def winners(document: Row) -> list[Winner]:
     """The best config of each class of batches of each chip.
 
     It is the one of the best score over the cases of the class, `measured.score`, among those that
     ran on all of them. Few and many rows share the config that is best over all cases, unless few
     rows gain 3% by one of their own: with one config a draw is the same bits in any batch.
     """
-    from fastattn.kernels.sampling.config import config_class
+    from fastattn.kernels.sampling.config import SAMPLE_SPACE, sample_class
 
-    groups: dict[str, dict[str, list[dict[Config, Row]]]] = {}
-    for own in _timed(document["rows"]).values():
+    groups: dict[str, dict[Any, dict[str, dict[Config, Row]]]] = {}
+    for label, own in _timed(document["rows"]).items():
         row = next(iter(own.values()))
-        chip, rows = config_class(row["chip"], row["case"]["batch"])
-        groups.setdefault(chip, {}).setdefault(rows, []).append(own)
+        key = sample_class(row["chip"], row["case"]["batch"])
+        if key is not None:
+            groups.setdefault(row["chip"], {}).setdefault(key, {})[label] = own
     found = []
-    for chip, classes in groups.items():
-        common = best_everywhere([own for cases in classes.values() for own in cases])
-        for rows, cases in sorted(classes.items(), reverse=True):
-            best = best_everywhere(cases)
+    for classes in groups.values():
+        common = best_everywhere([own for cases in classes.values() for own in cases.values()])
+        for key, cases in sorted(classes.items(), reverse=True):
+            best = best_everywhere(list(cases.values()))
             if best is None:
                 continue
             if common is not None:
-                shared = (common[0], score(common[0], cases))
+                shared = (common[0], score(common[0], cases.values()))
                 best = best if best[1] >= WORTH_TWO_CLASSES * shared[1] else shared
-            found.append({"class": (chip, rows), "config": best[0], "score": best[1]})
+            config, reached = best
+            rows = {label: own[config] for label, own in cases.items()}
+            values = dict(zip(SAMPLE_SPACE.values, config, strict=True))
+            found.append(Winner(key, values, reached, rows))
     return found
 
 
-def as_source(document: Row, name: str) -> str:
-    """The winners as a table of Python for `config.py`.
+def _space() -> Any:
+    from fastattn.kernels.sampling.config import SAMPLE_SPACE
 
-    Args:
-        document: a results file.
-        name: of that file, which the table names as its measure.
-
-    Raises:
-        ValueError: dispatch would refuse an entry.
-    """
-    from fastattn.kernels.sampling.config import check_measured_configs
-
-    found = winners(document)
-    check_measured_configs({row["class"]: row["config"] for row in found})
-    lines = [
-        *measured_by(document, name),
-        "# (chip, rows): (block, capacity, num_warps)",
-        "MEASURED_CONFIGS: dict[ConfigClass, tuple[int, int, int]] = {",
-    ]
-    for row in found:
-        lines.append(f"    ({json.dumps(row['class'])[1:-1]}): {row['config']},")
-        lines.append(f"    #   {100 * row['score']:.0f}% of the fastest on average")
-    return "\n".join([*lines, "}"]) + "\n"
+    return SAMPLE_SPACE
 
 
-def write_source(table: str, path: Path) -> None:
-    """Puts a table of `as_source` into a file, in place of the one that is there.
-
-    Raises:
-        ValueError: there is none.
-    """
-    write_table(table, path, "MEASURED_CONFIGS")
+TABLE = TableCommand("benchmarks.sampling_sweep", STAGE, winners, _space)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints or writes the winners of the file on the command line; returns the exit status."""
-    command = TableCommand("benchmarks.sampling_sweep", STAGE, winners, as_source, write_source)
-    return command.run(arguments)
+    return TABLE.run(arguments)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,27 @@
-"""The sweep of tile configs: what is tried, and which one came out best.
+"""The sweep of tile configs: what is tried, which one came out best, and that as source.
 
 Forward, the walk by rows (dQ) and the walk by keys (dK, dV) are swept apart, each as the one launch
 of its kernel: the part of a case says which.
+
+    python -m benchmarks.sweep benchmarks/results/FILE.json [--write config.py]
+
+prints the winners of a file as a table for `kernels/attention/config.py`, with the file that
+measured them, or writes it there in place of the table before.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Inputs
+from benchmarks.measured import TableCommand, Winner, best_everywhere
 from benchmarks.parity import (
     DTYPES,
     ConfigCheck,
@@ -27,6 +34,8 @@ from benchmarks.parity import (
 )
 from benchmarks.providers import Provider
 
+STAGE = "sweep"
+
 
 def _dtype_name(case: Case) -> str:
     return next(name for name, dtype in DTYPES.items() if dtype == getattr(torch, case.dtype))
@@ -37,10 +46,11 @@ def current_tile(chip: str, case: Case) -> Tile:
     from fastattn.kernels.attention.config import select_forward_config
 
     if case.part in ("rows", "keys"):
-        rows, keys, _ = backward_tiles(chip, case.head_dim, _dtype_name(case))
+        rows, keys, _ = backward_tiles(chip, case.head_dim, _dtype_name(case), causal=case.causal)
         return rows if case.part == "rows" else keys
     dtype = getattr(torch, case.dtype)
-    return as_tuple(select_forward_config(chip, case.head_dim, dtype, case.seqlen, 0))
+    config = select_forward_config(chip, case.head_dim, dtype, case.seqlen, 0, case.causal)
+    return as_tuple(config)
 
 
 def candidates(chip: str, case: Case) -> list[Tile]:
@@ -59,7 +69,7 @@ def check_of(chip: str, case: Case, tile: Tile) -> TileCheck:
     dtype = _dtype_name(case)
     if case.part == "forward":
         return ConfigCheck(tile, case.head_dim, dtype, case.causal)
-    rows, keys, bias = backward_tiles(chip, case.head_dim, dtype)
+    rows, keys, bias = backward_tiles(chip, case.head_dim, dtype, causal=case.causal)
     rows, keys = (tile, keys) if case.part == "rows" else (rows, tile)
     # Without groups of heads, like the timed shapes.
     shape = (*GradientCheck.shape[:4], GradientCheck.shape[3])
@@ -209,3 +219,49 @@ def _tflops(shapes: dict[int, list[dict[str, Any]]], tile: Tile | None) -> dict[
         for row in rows
         if tuple(row["tile"]) == tile and "tflops" in row
     }
+
+
+def winners(document: dict[str, Any]) -> list[Winner]:
+    """The tile of the best score, `measured.score`, of each class that dispatch tells apart.
+
+    Only tiles that ran on every case of a class count. A class whose best tile has a limit of
+    registers is left out: rules chose that tile, and go on to.
+    """
+    from fastattn.kernels.attention.config import ATTENTION_SPACE, attention_class
+
+    groups: dict[Any, dict[str, dict[Tile, dict[str, Any]]]] = defaultdict(dict)
+    for row in document["rows"]:
+        if row["stage"] == STAGE and "ms" in row:
+            case = row["case"]
+            key = attention_class(
+                case["part"], row["chip"], case["head_dim"], getattr(torch, case["dtype"]), 0,
+                causal=case["causal"],
+            )  # fmt: skip
+            groups[key].setdefault(case["label"], {})[tuple(row["tile"])] = row
+    found = []
+    for key, cases in groups.items():
+        best = best_everywhere(list(cases.values()))
+        if key is not None and best is not None and len(best[0]) == len(ATTENTION_SPACE.values):
+            tile, reached = best
+            rows = {label: own[tile] for label, own in cases.items()}
+            values = dict(zip(ATTENTION_SPACE.values, tile, strict=True))
+            found.append(Winner(key, values, reached, rows))
+    return found
+
+
+def _space() -> Any:
+    from fastattn.kernels.attention.config import ATTENTION_SPACE
+
+    return ATTENTION_SPACE
+
+
+TABLE = TableCommand("benchmarks.sweep", STAGE, winners, _space)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints or writes the winners of the file on the command line; returns the exit status."""
+    return TABLE.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

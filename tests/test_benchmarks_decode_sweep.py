@@ -27,6 +27,8 @@ from benchmarks.decode_cases import (
     make_decode_inputs,
 )
 from benchmarks.measure import rank
+from fastattn.kernels.attention.config import TileConfig
+from fastattn.kernels.measured import Measured
 from tests.bad_arguments import check
 
 CPU = torch.device("cpu")
@@ -115,12 +117,12 @@ def test_winner_becomes_source_that_names_its_file(
     assert decode_sweep.main([swept_file(tmp_path, swept_rows())]) == 0
     table = capsys.readouterr().out
     assert "benchmarks/results/test-2000.json" in table
-    assert "16 x 8k, contiguous: 16 splits" in table
+    assert "85% of the fastest on average over 2 cases" in table
     names: dict[str, Any] = {}
-    exec(table, {"TileClass": tuple}, names)
+    exec(table, {"ProblemClass": tuple, "Measured": Measured, "TileConfig": TileConfig}, names)
     # Not the tile that is best on one case and was not timed on the other.
     key = ("sm_90", "bfloat16", 128, "contiguous")
-    assert names["MEASURED_TILES"] == {key: (16, 64, 4, 3)}
+    assert names["MEASURED_DECODE"] == {key: Measured(TileConfig(16, 64, 4, 3), "test-2000.json")}
     assert decode_sweep.main([swept_file(tmp_path, [])]) == 1
     assert decode_sweep.main([str(tmp_path / "no")]) == 2
 
@@ -144,8 +146,10 @@ def test_dispatch_chooses_the_written_winners(config_source: Path) -> None:
     for _ in range(2):  # in place of the empty table, and of its own
         assert decode_sweep.main([path, "--write", str(config_source)]) == 0
     after = runpy.run_path(str(config_source))
-    assert config_source.read_text().count("MEASURED_TILES: ") == 1
-    assert len(after["MEASURED_TILES"]) == 2 and before["MEASURED_TILES"] != after["MEASURED_TILES"]
+    assert config_source.read_text().count("MEASURED_DECODE: ") == 1
+    assert (
+        len(after["MEASURED_DECODE"]) == 2 and before["MEASURED_DECODE"] != after["MEASURED_DECODE"]
+    )
 
     half, few = (torch.bfloat16, 4), {"quantized": False, "paged": False, "rotary": False}
     ruled, chosen = before["decode_tile"], after["decode_tile"]
@@ -181,41 +185,53 @@ def test_a_measured_tile_is_the_one_that_a_step_runs_with(monkeypatch: pytest.Mo
     case = DecodeCase(4, 8192, block_size=16)
     ruled = decode_sweep.current_config(case, CPU)
     key = ("sm_120", "bfloat16", 128, "paged")
-    monkeypatch.setitem(configs.MEASURED_TILES, key, (16, 64, 8, 4))
+    measured = Measured(TileConfig(16, 64, 8, 4), "some.json")
+    monkeypatch.setitem(configs.MEASURED_DECODE, key, measured)
     chosen = decode_sweep.current_config(case, CPU)
     assert chosen[:4] == (16, 64, 8, 4) != ruled[:4]
     assert decode_sweep.current_config(replace(case, block_size=0), CPU)[:4] == (*ruled[:3], 2)
 
 
-GOOD = (("sm_90", "bfloat16", 128, "paged"), (16, 64, 4, 3))
+KEY = ("sm_90", "bfloat16", 128, "paged")
+GOOD = {"block_m": 16, "block_n": 64, "num_warps": 4, "num_stages": 3}
 
 
 @pytest.mark.parametrize(
-    ("key", "tile", "words"),
+    ("key", "changes", "words"),
     [
-        (("sm_99", "bfloat16", 128, "paged"), GOOD[1], ("chip must be one of", "'sm_99'")),
-        (("sm_90", "float32", 128, "paged"), GOOD[1], ("dtype must be one of", "'float32'")),
-        (("sm_90", "bfloat16", 96, "paged"), GOOD[1], ("head_dim must be one of", "got 96")),
-        (("sm_90", "bfloat16", 128, "paged 16"), GOOD[1], ("cache must be one of", "'paged 16'")),
-        (("sm_90", "bfloat16", 128), GOOD[1], ("must be (chip, dtype, head_dim, cache)",)),
-        (GOOD[0], (16, 64, 4), ("(block_m, block_n, num_warps, num_stages)",)),
-        (GOOD[0], (32, 64, 4, 3), ("block_m must be 16, got 32",)),
-        (GOOD[0], (16, 48, 4, 3), ("block_n must be a power of two in 16..256, got 48",)),
-        (GOOD[0], (16, 8, 4, 3), ("block_n must be a power of two in 16..256, got 8",)),
-        (GOOD[0], (16, 64, 3, 3), ("num_warps must be a power of two in 1..16, got 3",)),
-        (GOOD[0], (16, 64, 4, 0), ("num_stages must lie in 1..8, got 0",)),
+        (("sm_99", *KEY[1:]), {}, ("chip must be one of", "'sm_99'")),
+        (("sm_90", "float32", 128, "paged"), {}, ("dtype must be one of", "'float32'")),
+        (("sm_90", "bfloat16", 96, "paged"), {}, ("head_dim must be one of", "got 96")),
+        (("sm_90", "bfloat16", 128, "paged 16"), {}, ("cache must be one of", "'paged 16'")),
+        (KEY[:3], {}, ("must be (chip, dtype, head_dim, cache)",)),
+        (KEY, {"block_m": 32}, ("block_m must be one of (16,), got 32",)),
+        (KEY, {"block_n": 48}, ("block_n must be one of (16, 32, 64, 128, 256), got 48",)),
+        (KEY, {"block_n": 64.0}, ("block_n must be one of", "got 64.0")),
+        (KEY, {"num_warps": 3}, ("num_warps must be one of (1, 2, 4, 8, 16), got 3",)),
+        (KEY, {"num_warps": True}, ("num_warps must be one of", "got True")),
+        (KEY, {"num_stages": 0}, ("num_stages must be one of", "got 0")),
+        (KEY, {"max_registers": 255}, ("only ['block_m'", "may differ")),
     ],
 )
 def test_a_bad_measured_tile_is_refused(
-    key: Any, tile: Any, words: tuple[str, ...], config_source: Path
+    key: Any, changes: dict[str, Any], words: tuple[str, ...]
 ) -> None:
-    table = f"MEASURED_TILES = {{{GOOD[0]}: {GOOD[1]}, {key}: {tile}}}\n"
-    decode_sweep.write_source(table, config_source)
+    from fastattn.kernels.attention.decode_config import DECODE_SPACE
+
+    table = {KEY: Measured(TileConfig(**GOOD), "a.json")}
+    DECODE_SPACE.check_table(table)
+    table = {**table, key: Measured(TileConfig(**{**GOOD, **changes}), "a.json")}
     check(
-        lambda: runpy.run_path(str(config_source)),
-        ValueError,
-        (f"MEASURED_TILES[{key!r}] = {tile!r}: ", *words),
+        lambda: DECODE_SPACE.check_table(table), ValueError, (f"MEASURED_DECODE[{key!r}]: ", *words)
     )
+
+
+@pytest.mark.parametrize("values", [{"block_m": 16}, {**GOOD, "block_k": 16}])
+def test_a_config_has_all_of_its_fields_and_no_others(values: dict[str, Any]) -> None:
+    from fastattn.kernels.attention.decode_config import DECODE_SPACE
+
+    words = ("must have ['block_m', 'block_n', 'num_warps', 'num_stages']", str(list(values)))
+    check(lambda: DECODE_SPACE.make_config(values), ValueError, words)
 
 
 def test_what_dispatch_would_refuse_is_not_written(
@@ -224,12 +240,12 @@ def test_what_dispatch_would_refuse_is_not_written(
     before = config_source.read_text()
     path = swept_file(config_source.parent, [sweep_row(DecodeCase(1, 8192), 1.0, num_warps=3)])
     assert decode_sweep.main([path, "--write", str(config_source)]) == 2
-    assert "num_warps must be a power of two in 1..16, got 3" in capsys.readouterr().err
+    assert "num_warps must be one of (1, 2, 4, 8, 16), got 3" in capsys.readouterr().err
     assert config_source.read_text() == before
     config_source.write_text("A = 1\n")
     path = swept_file(config_source.parent, swept_rows())
     assert decode_sweep.main([path, "--write", str(config_source)]) == 2
-    assert "must hold a table MEASURED_TILES" in capsys.readouterr().err
+    assert "must hold a table MEASURED_DECODE" in capsys.readouterr().err
 
 
 # --- targets, tables and plots, from rows that no device measured

@@ -17,6 +17,8 @@ from benchmarks import sampling_sweep
 from benchmarks.sampling_accuracy import SamplingChecker
 from benchmarks.sampling_cases import SamplingCase, make_sampling_inputs, sampling_sweep_cases
 from benchmarks.sampling_checks import SampleCheck
+from fastattn.kernels.measured import Measured
+from fastattn.kernels.sampling.config import SampleConfig
 from tests.bad_arguments import check
 
 CPU = torch.device("cpu")
@@ -88,7 +90,8 @@ def test_best_of_each_case() -> None:
 
 
 def winners(rows: list[Any]) -> dict[Any, Any]:
-    return {found["class"]: found["config"] for found in sampling_sweep.winners({"rows": rows})}
+    found = sampling_sweep.winners({"rows": rows})
+    return {winner.problem_class: tuple(winner.config.values()) for winner in found}
 
 
 def test_classes_of_batches_part_only_where_that_pays() -> None:
@@ -129,7 +132,7 @@ def test_dispatch_chooses_the_written_winners(
     before = runpy.run_path(str(config_source))
     for _ in range(2):  # in place of the empty table, and of its own
         assert sampling_sweep.main([path, "--write", str(config_source)]) == 0
-    assert config_source.read_text().count("MEASURED_CONFIGS: ") == 1
+    assert config_source.read_text().count("MEASURED_SAMPLE: ") == 1
     after = runpy.run_path(str(config_source))
     ruled, chosen = (x["select_sample_config"] for x in (before, after))
     for batch, wanted in ((1, SMALL), (8, SMALL), (9, (4096, 128, 8)), (512, (4096, 128, 8))):
@@ -158,7 +161,8 @@ def test_a_measured_config_is_the_one_that_a_draw_runs_with(
 
     monkeypatch.setattr(sampler, "_sample_kernel", Recorder())
     monkeypatch.setattr(sampler, "chip_of", lambda device: "sm_120")
-    monkeypatch.setitem(config.MEASURED_CONFIGS, ("sm_120", "few"), (1024, 32, 4))
+    measured = Measured(SampleConfig(1024, 32, 4), "some.json")
+    monkeypatch.setitem(config.MEASURED_SAMPLE, ("sm_120", "few"), measured)
     for batch in (8, 9):
         inputs = make_sampling_inputs(SamplingCase(batch, 5000, "greedy"), CPU)
         tokens, counters = (torch.zeros(batch, dtype=x) for x in (torch.int64, torch.int32))
@@ -168,33 +172,25 @@ def test_a_measured_config_is_the_one_that_a_draw_runs_with(
     assert launched == [(8 * 5, 1024), (9 * 2, 4096)]
 
 
-GOOD = (("sm_90", "few"), (2048, 64, 8))
-
-
 @pytest.mark.parametrize(
     ("key", "config", "words"),
     [
-        (("sm_99", "few"), GOOD[1], ("chip must be one of", "'sm_99'")),
-        (("interpreter", "few"), GOOD[1], ("chip must be one of", "'interpreter'")),
-        (("sm_90", "some"), GOOD[1], ("rows must be one of", "'some'")),
-        (("sm_90",), GOOD[1], ("must be (chip, rows)",)),
-        (GOOD[0], (2048, 64), ("(block, capacity, num_warps)",)),
-        (GOOD[0], (3000, 64, 8), ("block must be a power of two in 128..32768, got 3000",)),
-        (GOOD[0], (65536, 64, 8), ("block must be", "got 65536")),
-        (GOOD[0], (2048, 4096, 8), ("capacity must be a power of two in 16..2048, got 4096",)),
-        (GOOD[0], (2048, 64, 3), ("num_warps must be a power of two in 1..16, got 3",)),
-        (GOOD[0], (2048, 64, 32), ("num_warps must be", "got 32")),
+        (("sm_99", "few"), (2048, 64, 8), ("chip must be one of", "'sm_99'")),
+        (("interpreter", "few"), (2048, 64, 8), ("chip must be one of", "'interpreter'")),
+        (("sm_90", "some"), (2048, 64, 8), ("rows must be one of", "'some'")),
+        (("sm_90", "few"), (3000, 64, 8), ("block must be one of", "got 3000")),
+        (("sm_90", "few"), (65536, 64, 8), ("block must be one of", "got 65536")),
+        (("sm_90", "few"), (2048, 4096, 8), ("capacity must be at most block = 2048, got 4096",)),
+        (("sm_90", "few"), (2048, 64, 32), ("num_warps must be one of", "got 32")),
     ],
 )
-def test_a_bad_measured_config_is_refused(
-    key: Any, config: Any, words: tuple[str, ...], config_source: Path
-) -> None:
-    table = f"MEASURED_CONFIGS = {{{GOOD[0]}: {GOOD[1]}, {key}: {config}}}\n"
-    sampling_sweep.write_source(table, config_source)
+def test_a_bad_measured_config_is_refused(key: Any, config: Any, words: tuple[str, ...]) -> None:
+    from fastattn.kernels.sampling.config import SAMPLE_SPACE
+
+    SAMPLE_SPACE.check_table({("sm_90", "many"): Measured(SampleConfig(2048, 64, 8), "a.json")})
+    table = {key: Measured(SampleConfig(*config), "a.json")}
     check(
-        lambda: runpy.run_path(str(config_source)),
-        ValueError,
-        (f"MEASURED_CONFIGS[{key!r}] = {config!r}: ", *words),
+        lambda: SAMPLE_SPACE.check_table(table), ValueError, (f"MEASURED_SAMPLE[{key!r}]: ", *words)
     )
 
 
@@ -204,9 +200,9 @@ def test_what_dispatch_would_refuse_is_not_written(
     before = config_source.read_text()
     path = swept_file(config_source.parent, [row(CASE, 1.0, (2048, 64, 3))])
     assert sampling_sweep.main([path, "--write", str(config_source)]) == 2
-    assert "num_warps must be a power of two in 1..16, got 3" in capsys.readouterr().err
+    assert "num_warps must be one of (1, 2, 4, 8, 16), got 3" in capsys.readouterr().err
     assert config_source.read_text() == before
     config_source.write_text("A = 1\n")
     path = swept_file(config_source.parent, swept_rows())
     assert sampling_sweep.main([path, "--write", str(config_source)]) == 2
-    assert "must hold a table MEASURED_CONFIGS" in capsys.readouterr().err
+    assert "must hold a table MEASURED_SAMPLE" in capsys.readouterr().err

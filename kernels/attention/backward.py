@@ -136,7 +136,12 @@ def launch_attention_backward(
     if config is None:
         head_dim = max(q.shape[-1], v.shape[-1])
         config = select_backward_config(
-            chip_of(q.device), head_dim, q.dtype, modifiers.backward_count, g.drelative is not None
+            chip_of(q.device),
+            head_dim,
+            q.dtype,
+            modifiers.backward_count,
+            g.drelative is not None,
+            modifiers.window_right >= 0,
         )
     delta = None
     if any(x is not None for x in (g.dq, g.dk, g.dbias, g.drelative, g.dsinks)):

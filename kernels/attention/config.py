@@ -3,13 +3,16 @@
 Each chip has three tiles a head dimension: for plain and causal attention, for one modifier
 that needs registers of its own, and for several or for few rows. None of them spills a register or
 exceeds the chip's shared memory: `fastattn.testing.compile_report` compiles them all. Within that
-they follow compile reports alone; none has been timed yet. `make gpu` sweeps FORWARD_CANDIDATES.
+they follow compile reports alone, where MEASURED_ATTENTION has no entry. `make gpu` and
+`fastattn tune` sweep the candidates below.
 """
 
 import functools
 from dataclasses import dataclass
 
 import torch
+
+from fastattn.kernels.measured import ConfigSpace, Measured, ProblemClass, powers_of_two
 
 
 @dataclass(frozen=True)
@@ -176,8 +179,71 @@ def tiles(chip: str, head_dim: int, dtype: torch.dtype) -> Tiles:
     return table[next(limit for limit in table if head_dim <= limit)]
 
 
+# Up to so many rows do not fill a tile: they get the crowded one, whatever was measured.
+FEW_ROWS = 64
+HEAD_DIMS = (64, 128, 256)
+
+# What is measured: problems of many rows without a modifier. Not float32: it takes a limit of
+# registers. "causal" is any limit to the right. Rows (dQ) and keys (dK, dV) are the backward walks.
+ATTENTION_SPACE = ConfigSpace(
+    "MEASURED_ATTENTION",
+    TileConfig,
+    parts={
+        "chip": tuple(HALF_CONFIGS),
+        "part": ("forward", "rows", "keys"),
+        "dtype": ("float16", "bfloat16"),
+        "head_dim": HEAD_DIMS,
+        "mask": ("full", "causal"),
+    },
+    values={
+        "block_m": powers_of_two(16, 256),
+        "block_n": powers_of_two(16, 256),
+        "num_warps": powers_of_two(1, 16),
+        "num_stages": tuple(range(1, 9)),
+    },
+)
+
+# Measured on no device yet: see `benchmarks/sweep.py`, which writes this table.
+MEASURED_ATTENTION: dict[ProblemClass, Measured] = {}
+
+ATTENTION_SPACE.check_table(MEASURED_ATTENTION)
+
+
+def attention_class(
+    part: str,
+    chip: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    num_modifiers: int,
+    *,
+    causal: bool,
+) -> ProblemClass | None:
+    """The class of a problem of many rows; None where rules alone choose its tiles.
+
+    Args:
+        part: "forward", or of the backward pass "rows" or "keys".
+        chip, head_dim, dtype, num_modifiers: as for `select_forward_config`.
+        causal: whether there is a limit to the right.
+    """
+    if chip == "interpreter" or num_modifiers or dtype == torch.float32:
+        return None
+    limit = next(limit for limit in HEAD_DIMS if head_dim <= limit)
+    mask = "causal" if causal else "full"
+    return chip, part, str(dtype).removeprefix("torch."), limit, mask
+
+
+def _measured_tile(problem_class: ProblemClass | None) -> TileConfig | None:
+    measured = MEASURED_ATTENTION.get(problem_class) if problem_class is not None else None
+    return None if measured is None else measured.config
+
+
 def select_forward_config(
-    chip: str, head_dim: int, dtype: torch.dtype, seqlen_q: int, num_modifiers: int
+    chip: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    seqlen_q: int,
+    num_modifiers: int,
+    causal: bool = False,
 ) -> TileConfig:
     """The tile for a problem.
 
@@ -187,12 +253,16 @@ def select_forward_config(
         dtype: of q, k and v.
         seqlen_q: rows of the longest sequence.
         num_modifiers: how many need registers of their own (`Modifiers.num_modifiers`).
+        causal: whether there is a limit to the right.
     """
     if chip == "interpreter":
         return INTERPRETER_CONFIG
     chosen = tiles(chip, head_dim, dtype)
-    if num_modifiers > 1 or seqlen_q <= 64:
+    if num_modifiers > 1 or seqlen_q <= FEW_ROWS:
         return chosen.crowded
+    problem_class = attention_class("forward", chip, head_dim, dtype, num_modifiers, causal=causal)
+    if (measured := _measured_tile(problem_class)) is not None:
+        return measured
     return chosen.modified if num_modifiers else chosen.plain
 
 
@@ -375,12 +445,17 @@ FLOAT32_BACKWARD_CONFIGS = {chip: _float32_backward_tiles(chip) for chip in HALF
 
 
 def select_backward_config(
-    chip: str, head_dim: int, dtype: torch.dtype, num_modifiers: int, by_distance: bool
+    chip: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    num_modifiers: int,
+    by_distance: bool,
+    causal: bool = False,
 ) -> BackwardConfig:
     """The backward tiles for a problem.
 
     Args:
-        chip, head_dim, dtype, num_modifiers: as for `select_forward_config`.
+        chip, head_dim, dtype, num_modifiers, causal: as for `select_forward_config`.
         by_distance: whether a bias by distance needs a gradient: block_m <= block_n by rows then.
     """
     if chip == "interpreter":
@@ -390,7 +465,11 @@ def select_backward_config(
     if num_modifiers > 1:
         return BackwardConfig(chosen.rows.crowded, chosen.keys.crowded, chosen.bias)
     if num_modifiers == 0:
-        return BackwardConfig(chosen.rows.plain, chosen.keys.plain, chosen.bias)
+        rows, keys = (
+            _measured_tile(attention_class(part, chip, head_dim, dtype, 0, causal=causal))
+            for part in ("rows", "keys")
+        )
+        return BackwardConfig(rows or chosen.rows.plain, keys or chosen.keys.plain, chosen.bias)
     rows = chosen.by_distance if by_distance else chosen.rows.modified
     return BackwardConfig(rows, chosen.keys.modified, chosen.bias)
 

@@ -1,6 +1,6 @@
 """Tiles of the decoding kernels, and how many programs share the keys of a sequence.
 
-Like the tiles in `config.py` they follow compile reports, where MEASURED_TILES has no entry.
+Like the tiles in `config.py` they follow compile reports, where MEASURED_DECODE has no entry.
 """
 
 import functools
@@ -9,8 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from fastattn.kernels.attention.cached_keys import CachedKeys
-from fastattn.kernels.attention.config import TileConfig, chip_of, select_forward_config
+from fastattn.kernels.attention.config import (
+    HEAD_DIMS,
+    TileConfig,
+    chip_of,
+    select_forward_config,
+)
 from fastattn.kernels.attention.operands import Modifiers
+from fastattn.kernels.measured import ConfigSpace, Measured, ProblemClass, powers_of_two
 
 # Query rows of the smallest tile: those that one token of a group of heads has, or a few tokens.
 FEW_ROWS = 16
@@ -91,61 +97,63 @@ _HALF_TILES: dict[str, dict[int, tuple[int, int]]] = {
     "gfx942": {64: (64, 1), 128: (64, 1), 256: (32, 1)},
 }
 
-_HEAD_DIMS = (64, 128, 256)
-# What the parts of a key in MEASURED_TILES may be. Not float32: it takes a register limit.
-_CLASS_PARTS = {
-    "chip": tuple(_HALF_TILES),
-    "dtype": ("float16", "bfloat16"),
-    "head_dim": _HEAD_DIMS,
-    "cache": ("contiguous", "contiguous, quantized", "paged", "paged, quantized"),
-}
-TileClass = tuple[str, str, int, str]
+# What is measured: few rows without a modifier. Not float32: it takes a limit of registers.
+DECODE_SPACE = ConfigSpace(
+    "MEASURED_DECODE",
+    TileConfig,
+    parts={
+        "chip": tuple(_HALF_TILES),
+        "dtype": ("float16", "bfloat16"),
+        "head_dim": HEAD_DIMS,
+        "cache": ("contiguous", "contiguous, quantized", "paged", "paged, quantized"),
+    },
+    values={
+        "block_m": (FEW_ROWS,),
+        "block_n": powers_of_two(16, 256),
+        "num_warps": powers_of_two(1, 16),
+        "num_stages": tuple(range(1, 9)),
+    },
+)
 
 # Measured on no device yet: see `benchmarks/decode_sweep.py`, which writes this table.
-# (chip, dtype, head_dim, cache): (block_m, block_n, num_warps, num_stages)
-MEASURED_TILES: dict[TileClass, tuple[int, int, int, int]] = {}
+MEASURED_DECODE: dict[ProblemClass, Measured] = {}
+
+DECODE_SPACE.check_table(MEASURED_DECODE)
 
 
-def tile_class(chip: str, dtype: str, head_dim: int, *, quantized: bool, paged: bool) -> TileClass:
-    """The key in MEASURED_TILES of a step of few rows: one token, or a few.
+def decode_class(
+    chip: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    num_rows: int,
+    num_modifiers: int,
+    *,
+    quantized: bool,
+    paged: bool,
+) -> ProblemClass | None:
+    """The class of a step of few rows: one token, or a few. None where rules alone choose its tile.
 
-    Args:
-        chip: as `chip_of` names it.
-        dtype: of q, a name in torch.
-        head_dim: the larger of the key and value head dimensions; up to 256.
+    Arguments are as for `decode_tile`.
     """
-    limit = next(limit for limit in _HEAD_DIMS if head_dim <= limit)
+    if chip == "interpreter" or num_modifiers or num_rows > FEW_ROWS or dtype == torch.float32:
+        return None
+    limit = next(limit for limit in HEAD_DIMS if head_dim <= limit)
     cache = "paged" if paged else "contiguous"
-    return chip, dtype, limit, f"{cache}, quantized" if quantized else cache
+    cache = f"{cache}, quantized" if quantized else cache
+    return chip, str(dtype).removeprefix("torch."), limit, cache
 
 
-def check_measured_tiles(table: dict[TileClass, tuple[int, int, int, int]]) -> None:
-    """Raises ValueError, naming the entry, unless keys can occur and tiles have sizes that compile.
-
-    Registers and shared memory are not looked at: the compile report does, for each tile in use.
-    """
-    for key, tile in table.items():
-        entry = f"MEASURED_TILES[{key!r}] = {tile!r}:"
-        if len(key) != len(_CLASS_PARTS) or len(tile) != 4:
-            raise ValueError(
-                f"{entry} must be ({', '.join(_CLASS_PARTS)}): (block_m, block_n, num_warps, "
-                "num_stages)"
-            )
-        for part, (name, known) in zip(key, _CLASS_PARTS.items(), strict=True):
-            if part not in known:
-                raise ValueError(f"{entry} {name} must be one of {known}, got {part!r}")
-        block_m, block_n, num_warps, num_stages = tile
-        if block_m != FEW_ROWS:
-            raise ValueError(f"{entry} block_m must be {FEW_ROWS}, got {block_m}")
-        if block_n not in (16, 32, 64, 128, 256):
-            raise ValueError(f"{entry} block_n must be a power of two in 16..256, got {block_n}")
-        if num_warps not in (1, 2, 4, 8, 16):
-            raise ValueError(f"{entry} num_warps must be a power of two in 1..16, got {num_warps}")
-        if num_stages not in range(1, 9):
-            raise ValueError(f"{entry} num_stages must lie in 1..8, got {num_stages}")
-
-
-check_measured_tiles(MEASURED_TILES)
+def class_of_step(q: torch.Tensor, cached: CachedKeys, modifiers: Modifiers) -> ProblemClass | None:
+    """`decode_class` of a step's operands."""
+    return decode_class(
+        chip_of(q.device),
+        max(q.shape[-1], cached.v.shape[-1]),
+        q.dtype,
+        q.shape[1] * (q.shape[2] // cached.k.shape[-2]),
+        modifiers.num_modifiers,
+        quantized=cached.k_scale is not None,
+        paged=cached.block_table is not None,
+    )
 
 
 def decode_tile(
@@ -162,15 +170,13 @@ def decode_tile(
     """The tile for `num_rows` query rows of a group; the forward pass's where they are many.
 
     `num_modifiers` is that of `Modifiers`; scales, block numbers and angles need registers as well.
-    Few rows without modifiers have the tile of MEASURED_TILES, if there is one for their class.
+    Few rows without modifiers have the tile of MEASURED_DECODE, if there is one for their class.
     """
-    if num_rows <= FEW_ROWS and num_modifiers == 0 and chip != "interpreter":
-        name = str(dtype).removeprefix("torch.")
-        measured = MEASURED_TILES.get(
-            tile_class(chip, name, head_dim, quantized=quantized, paged=paged)
-        )
-        if measured is not None:
-            return TileConfig(*measured)
+    problem_class = decode_class(
+        chip, head_dim, dtype, num_rows, num_modifiers, quantized=quantized, paged=paged
+    )
+    if problem_class in MEASURED_DECODE:
+        return MEASURED_DECODE[problem_class].config
     block_m = FEW_ROWS if num_rows <= FEW_ROWS else 32
     if chip == "interpreter":
         return TileConfig(block_m if num_rows <= 32 else 64, 64, 4, 1)
@@ -234,27 +240,33 @@ def program_slots(device: torch.device) -> int:
 
 
 def select_decode_config(
-    q: torch.Tensor, cached: CachedKeys, modifiers: Modifiers, batch_invariant: bool = False
+    q: torch.Tensor,
+    cached: CachedKeys,
+    modifiers: Modifiers,
+    batch_invariant: bool = False,
+    tile: TileConfig | None = None,
 ) -> DecodeConfig:
     """How a step runs: from shapes alone, so that nothing waits for the device.
 
-    With `batch_invariant` nothing depends on the batch size, so that neither do the bits.
+    With `batch_invariant` nothing depends on the batch size, so that neither do the bits. A `tile`
+    that the caller measured for `class_of_step` takes the place of `decode_tile`'s.
     """
     batch, seqlen_q, num_heads, head_dim = q.shape
     num_key_heads = cached.k.shape[-2]
     num_rows = seqlen_q * (num_heads // num_key_heads)
     head_dim = max(head_dim, cached.v.shape[-1])
     chip = chip_of(q.device)
-    tile = decode_tile(
-        chip,
-        head_dim,
-        q.dtype,
-        num_rows,
-        modifiers.num_modifiers,
-        quantized=cached.k_scale is not None,
-        paged=cached.block_table is not None,
-        rotary=cached.cos is not None,
-    )
+    if tile is None:
+        tile = decode_tile(
+            chip,
+            head_dim,
+            q.dtype,
+            num_rows,
+            modifiers.num_modifiers,
+            quantized=cached.k_scale is not None,
+            paged=cached.block_table is not None,
+            rotary=cached.cos is not None,
+        )
     if batch_invariant:
         num_splits = FIXED_SPLITS if num_rows <= FIXED_SPLIT_ROWS else 1
     else:

@@ -237,6 +237,7 @@ def launch_attention_forward(
             q.dtype,
             shape.seqlen_q,
             modifiers.num_modifiers,
+            modifiers.window_right >= 0,
         )
     num_programs = triton.cdiv(shape.seqlen_q, config.block_m) * shape.num_heads * num_sequences
     if num_programs == 0:

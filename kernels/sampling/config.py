@@ -1,8 +1,9 @@
-"""Tiles of the sampling kernel. They follow compile reports where MEASURED_CONFIGS has no entry."""
+"""Tiles of the sampling kernel. They follow compile reports where MEASURED_SAMPLE has no entry."""
 
 from dataclasses import dataclass
 
 from fastattn.kernels.attention.config import chip_of as chip_of
+from fastattn.kernels.measured import ConfigSpace, Measured, ProblemClass, powers_of_two
 
 # Up to so many rows do not fill a chip with programs: smaller tiles may suit them.
 FEW_ROWS = 8
@@ -26,6 +27,12 @@ class SampleConfig:
         """Tiles of a row."""
         return -(-vocab_size // self.block)
 
+    def fitted(self, vocab_size: int, top_n: int) -> "SampleConfig":
+        """With a tile no larger than a row, which keeps the `top_n` most likely tokens."""
+        block = min(self.block, max(128, 1 << (vocab_size - 1).bit_length()))
+        capacity = max(self.capacity, 1 << max(top_n - 1, 0).bit_length())
+        return SampleConfig(block, min(capacity, block), self.num_warps)
+
     def __str__(self) -> str:
         return f"{self.block} tokens, {self.capacity} kept, {self.num_warps} warps"
 
@@ -40,50 +47,34 @@ CONFIGS = {
     "interpreter": SampleConfig(4096, 64, 4),
 }
 
-# What the parts of a key in MEASURED_CONFIGS may be.
-_CLASS_PARTS = {
-    "chip": tuple(chip for chip in CONFIGS if chip != "interpreter"),
-    "rows": ("few", "many"),
-}
-ConfigClass = tuple[str, str]
+SAMPLE_SPACE = ConfigSpace(
+    "MEASURED_SAMPLE",
+    SampleConfig,
+    parts={
+        "chip": tuple(chip for chip in CONFIGS if chip != "interpreter"),
+        "rows": ("few", "many"),
+    },
+    values={
+        "block": powers_of_two(128, 32768),
+        "capacity": powers_of_two(16, 32768),
+        "num_warps": powers_of_two(1, 16),
+    },
+    rule=lambda config: (
+        f"capacity must be at most block = {config.block}, got {config.capacity}"
+        if config.capacity > config.block
+        else ""
+    ),
+)
 
 # Measured on no device yet: see `benchmarks/sampling_sweep.py`, which writes this table.
-# (chip, rows): (block, capacity, num_warps)
-MEASURED_CONFIGS: dict[ConfigClass, tuple[int, int, int]] = {}
+MEASURED_SAMPLE: dict[ProblemClass, Measured] = {}
+
+SAMPLE_SPACE.check_table(MEASURED_SAMPLE)
 
 
-def config_class(chip: str, batch: int) -> ConfigClass:
-    """The key in MEASURED_CONFIGS of a draw for `batch` rows."""
-    return chip, "few" if batch <= FEW_ROWS else "many"
-
-
-def check_measured_configs(table: dict[ConfigClass, tuple[int, int, int]]) -> None:
-    """Raises ValueError, naming the entry, unless keys can occur and configs have sizes that run.
-
-    Registers are not looked at: the compile report does, for each config in use.
-    """
-    for key, config in table.items():
-        entry = f"MEASURED_CONFIGS[{key!r}] = {config!r}:"
-        if len(key) != len(_CLASS_PARTS) or len(config) != 3:
-            raise ValueError(
-                f"{entry} must be ({', '.join(_CLASS_PARTS)}): (block, capacity, num_warps)"
-            )
-        for part, (name, known) in zip(key, _CLASS_PARTS.items(), strict=True):
-            if part not in known:
-                raise ValueError(f"{entry} {name} must be one of {known}, got {part!r}")
-        block, capacity, num_warps = config
-        for name, value, low, high in (
-            ("block", block, 128, 32768),
-            ("capacity", capacity, 16, block),
-            ("num_warps", num_warps, 1, 16),
-        ):
-            if not low <= value <= high or value & (value - 1):
-                raise ValueError(
-                    f"{entry} {name} must be a power of two in {low}..{high}, got {value}"
-                )
-
-
-check_measured_configs(MEASURED_CONFIGS)
+def sample_class(chip: str, batch: int) -> ProblemClass | None:
+    """The class of a draw for `batch` rows; None in the interpreter."""
+    return None if chip == "interpreter" else (chip, "few" if batch <= FEW_ROWS else "many")
 
 
 def select_sample_config(
@@ -95,8 +86,6 @@ def select_sample_config(
     there: a score that lies on a top-p border within float32's rounding may be kept in a small
     batch and cut in a large one. All else of a draw is the same bits whatever the tiles.
     """
-    measured = MEASURED_CONFIGS.get(config_class(chip, batch))
-    config = CONFIGS[chip] if measured is None else SampleConfig(*measured)
-    block = min(config.block, max(128, 1 << (vocab_size - 1).bit_length()))
-    capacity = max(config.capacity, 1 << max(top_n - 1, 0).bit_length())
-    return SampleConfig(block, min(capacity, block), config.num_warps)
+    measured = MEASURED_SAMPLE.get(sample_class(chip, batch))
+    config = CONFIGS[chip] if measured is None else measured.config
+    return config.fitted(vocab_size, top_n)
