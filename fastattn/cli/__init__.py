@@ -1,4 +1,7 @@
-"""The command line: `fastattn demo`, `explain`, `verify`. Needs the extra "cli" (typer, rich)."""
+"""The command line: `fastattn demo`, `explain`, `profile`, `verify`.
+
+Needs the extra "cli" (typer, rich).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ def make_app() -> typer.Typer:
 
     from fastattn.cli.demo import demo
     from fastattn.cli.explain import explain
+    from fastattn.cli.profile import profile
     from fastattn.cli.verify import verify
 
     app = typer.Typer(
@@ -25,6 +29,7 @@ def make_app() -> typer.Typer:
     )
     app.command()(demo)
     app.command()(explain)
+    app.command()(profile)
     app.command()(verify)
     return app
 

@@ -414,7 +414,7 @@ def save(model: Any, folder: str | os.PathLike[str], *, shard_bytes: int = 5 * 1
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for weight in family.weights(config, config.architecture):
-        for name, part in _take_apart(model.get_parameter(weight.ours).detach(), weight):
+        for name, part in split_weight(model.get_parameter(weight.ours).detach(), weight):
             if config.architecture == family.bare:
                 name = name.removeprefix(family.prefix)
             if size and size + part.nbytes > shard_bytes:
@@ -445,8 +445,8 @@ def save(model: Any, folder: str | os.PathLike[str], *, shard_bytes: int = 5 * 1
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _take_apart(values: Tensor, weight: Weight) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's weights, as views."""
+def split_weight(values: Tensor, weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    """One parameter of ours as the checkpoint's weights: their names, and views of it."""
     rows = weight.rows or (values.shape[0] // len(weight.theirs),) * len(weight.theirs)
     for name, part in zip(weight.theirs, values.split(rows), strict=True):
         yield name, part.t() if weight.transpose else part
