@@ -40,9 +40,11 @@ def lengths_with_padding(batch: int, seqlen: int, padding: float) -> tuple[int, 
     return (*lengths[:-1], seqlen)
 
 
-def make_batch(case: Case, vocab_size: int, pad_token: int | None, device: torch.device) -> Batch:
-    """Random tokens, the same for the same case."""
-    generator = torch.Generator().manual_seed(case.batch * 100003 + case.prompt)
+def make_batch(
+    case: Case, vocab_size: int, pad_token: int | None, device: torch.device, sample: int = 0
+) -> Batch:
+    """Random tokens: the same for the same case and sample."""
+    generator = torch.Generator().manual_seed(case.batch * 100003 + case.prompt + 7919 * sample)
     low = min(3, vocab_size - 1)  # below which special tokens usually are
     ids = torch.randint(low, vocab_size, (case.batch, case.prompt), generator=generator)
     if pad_token is not None:

@@ -12,7 +12,7 @@ cache once for each of their heads; activations are left out, which a pass may k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -49,7 +49,7 @@ def count(model: Any) -> Counts:
     Raises:
         TypeError: it is none.
     """
-    kinds = {
+    kinds: dict[type, Callable[[Any], Counts]] = {
         DecoderConfig: DecoderCounts, EncoderConfig: EncoderCounts, Seq2SeqConfig: Seq2SeqCounts
     }  # fmt: skip
     found = kinds.get(type(getattr(model, "config", None)))

@@ -17,7 +17,17 @@ from fastattn.profiling.counts import Counts
 from fastattn.profiling.memory import PeakMemory, storage_bytes
 from fastattn.profiling.operators import measure_shares
 from fastattn.profiling.providers import Decoding, Provider, weight_bytes
-from fastattn.profiling.results import Case, Ceilings, Memory, Phase, Row, Shares, Timing, Work
+from fastattn.profiling.results import (
+    Case,
+    Ceilings,
+    Memory,
+    Phase,
+    Row,
+    Shares,
+    Timing,
+    Work,
+    describe,
+)
 
 WARM_UP_STEPS = 4
 PROFILED_STEPS = 4
@@ -70,12 +80,6 @@ def time_case(
             except Exception as error:
                 found.error = describe(error)
     return runs
-
-
-def describe(error: BaseException) -> str:
-    """The kind of an error, and the first line of what it says."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
 
 
 def _time_once(provider: Provider, batch: Batch, case: Case, runs: Runs, warm_up: bool) -> None:

@@ -4,10 +4,14 @@ Outputs are held to the rule of `fastattn.testing.tolerance`: error against a wi
 twice that of the stock model, plus one rounding unit. The wide model is the stock one with eager
 attention in float64, or in float32 where the weights have 16 bits and memory holds no more. Where
 it does not hold that either, every token must be the stock model's.
+
+All logits behind one prompt share its rounding errors, by which two right models can be far more
+than twice as wrong as each other: so several prompts are judged together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +20,14 @@ from torch import Tensor
 from fastattn.profiling.batches import Batch
 from fastattn.profiling.memory import available_bytes
 from fastattn.profiling.providers import Provider, Stock
-from fastattn.profiling.results import Parity
+from fastattn.profiling.results import Parity, describe
 from fastattn.profiling.subject import count_parameters
 from fastattn.testing.tolerance import compare
 
 STEPS = 8
 """Steps of decoding whose logits are compared, the first token's included."""
+PROMPTS = 6
+"""Rows that are compared, at least: of as many batches of a case as have them."""
 
 
 def wide_dtype(model: Any, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
@@ -37,21 +43,27 @@ def wide_dtype(model: Any, dtype: torch.dtype, device: torch.device) -> torch.dt
     return None
 
 
-def compared_rows(batch: Batch) -> list[int]:
-    """The first and the last row of a batch, which is its longest."""
-    return sorted({0, len(batch.lengths) - 1})
+def compared_rows(batch: int) -> list[int]:
+    """Up to `PROMPTS` rows of a batch, the first and the last, which is its longest, among them."""
+    count = min(batch, PROMPTS)
+    return sorted({round(index * (batch - 1) / max(count - 1, 1)) for index in range(count)})
+
+
+def samples(batch: int) -> int:
+    """How many batches have `PROMPTS` rows to compare."""
+    return -(-PROMPTS // len(compared_rows(batch)))
 
 
 @torch.no_grad()
 def decoded(
     provider: Provider, prompts: Tensor, steps: int, forced: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits (rows, steps, vocab_size) of all rows, and the tokens (rows, steps) chosen by them.
+    """Logits (compared, steps, vocab_size), and the tokens (rows, steps) that are chosen.
 
     Args:
         forced: go on with these tokens instead.
     """
-    rows = sorted({0, prompts.shape[0] - 1})
+    rows = compared_rows(prompts.shape[0])
     with provider.active():
         logits, decoding = provider.start(prompts, steps)
         kept, chosen = [logits[rows].clone()], [decoding.tokens.clone()]
@@ -66,14 +78,14 @@ def decoded(
 @torch.no_grad()
 def encoded(provider: Provider, batch: Batch) -> Tensor:
     """Hidden states (tokens, hidden_size) of the compared rows, padding left out."""
-    rows = compared_rows(batch)
+    rows = compared_rows(len(batch.lengths))
     with provider.active():
         states = provider.encode(batch.ids, batch.mask)
     return states[rows][batch.mask[rows]]
 
 
 class References:
-    """What the stock model and the wide one give in each case, computed once for all providers.
+    """What the stock model and the wide one give, which providers are compared with.
 
     Args:
         stock: of transformers.
@@ -86,24 +98,57 @@ class References:
         dtype = None if wide is None else next(iter(wide.parameters())).dtype
         self.name = "tokens" if dtype is None else str(dtype).removeprefix("torch.")
 
-    def check(self, providers: list[Provider], batch: Batch, new_tokens: int) -> dict[str, Parity]:
-        """The verdict on each provider but the stock one itself, by name."""
+    def check(
+        self, providers: Sequence[Provider], batches: Sequence[Batch], new_tokens: int
+    ) -> dict[str, Parity]:
+        """The verdict on each provider but the stock one itself, by name.
+
+        A provider that raises has that as its verdict.
+
+        Args:
+            batches: of one case, judged together.
+        """
         others = [one for one in providers if one.name != self._stock.name]
-        if self._kind == "encoder":
-            baseline = encoded(self._stock, batch)
-            exact = self._exact_states(batch)
-            return {one.name: self._judge(encoded(one, batch), baseline, exact) for one in others}
         steps = min(STEPS, new_tokens)
-        baseline, tokens = decoded(self._stock, batch.ids, steps)
-        exact = self._exact_logits(batch, tokens)
+        baselines, forced, exacts = [], [], []
+        for batch in batches:
+            if self._kind == "encoder":
+                baselines.append(encoded(self._stock, batch))
+                exacts.append(self._exact_states(batch))
+            else:
+                baseline, tokens = decoded(self._stock, batch.ids, steps)
+                baselines.append(baseline)
+                forced.append(tokens)
+                exacts.append(self._exact_logits(batch, tokens))
+        wide = [exact for exact in exacts if exact is not None]
+        found = (torch.cat(baselines), forced, torch.cat(wide) if wide else None)
         verdicts = {}
         for one in others:
-            actual, chosen = decoded(one, batch.ids, steps, tokens)
-            if exact is None:
-                verdicts[one.name] = _judge_tokens(chosen, tokens)
-            else:
-                verdicts[one.name] = self._judge(actual, baseline, exact)
+            try:
+                verdicts[one.name] = self._verdict(one, batches, *found)
+            except Exception as error:
+                verdicts[one.name] = Parity(False, describe(error), self.name)
         return verdicts
+
+    def _verdict(
+        self,
+        provider: Provider,
+        batches: Sequence[Batch],
+        baseline: Tensor,
+        forced: Sequence[Tensor],
+        exact: Tensor | None,
+    ) -> Parity:
+        if self._kind == "encoder":
+            actual = torch.cat([encoded(provider, batch) for batch in batches])
+            return self._judge(actual, baseline, exact)
+        pairs = [
+            decoded(provider, batch.ids, tokens.shape[1], tokens)
+            for batch, tokens in zip(batches, forced, strict=True)
+        ]
+        if exact is None:
+            chosen = torch.cat([tokens.flatten() for _, tokens in pairs])
+            return _judge_tokens(chosen, torch.cat([tokens.flatten() for tokens in forced]))
+        return self._judge(torch.cat([logits for logits, _ in pairs]), baseline, exact)
 
     def _judge(self, actual: Tensor, baseline: Tensor, exact: Tensor | None) -> Parity:
         if exact is None:  # an encoder chooses no tokens
@@ -117,7 +162,7 @@ class References:
     def _exact_states(self, batch: Batch) -> Tensor | None:
         if self._wide is None:
             return None
-        rows = compared_rows(batch)
+        rows = compared_rows(len(batch.lengths))
         ids, mask = batch.ids[rows], batch.mask[rows]
         return Stock(self._wide).encode(ids, mask)[mask]
 
@@ -125,7 +170,7 @@ class References:
     def _exact_logits(self, batch: Batch, tokens: Tensor) -> Tensor | None:
         if self._wide is None:
             return None
-        rows, steps = compared_rows(batch), tokens.shape[1]
+        rows, steps = compared_rows(len(batch.lengths)), tokens.shape[1]
         prompts, before = batch.ids[rows], tokens[rows, :-1]
         if self._kind == "decoder":
             out = self._wide(input_ids=torch.cat((prompts, before), 1), use_cache=False)

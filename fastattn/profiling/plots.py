@@ -163,7 +163,7 @@ def _draw_bars(axes: Axes, profile: Profile, value: Value, marks: tuple[Value, .
                 color=_on(COLORS[provider]) if marks else "black",
             )  # fmt: skip
             for mark, (_, style, half) in zip(marks, styles, strict=False):
-                at = mark(row)
+                at = mark(row) or 0.0
                 axes.plot(
                     [x - width * half, x + width * half], [at, at], style, color="black", lw=1
                 )
@@ -208,7 +208,10 @@ def _on(color: str) -> str:
 
 
 def _draw_first(axes: Axes, profile: Profile) -> None:
-    _draw_over_cases(axes, profile, lambda row: row.prefill and row.prefill.timing.p50_ms, "ms")
+    def first(row: Row) -> float | None:
+        return None if row.prefill is None else row.prefill.timing.p50_ms
+
+    _draw_over_cases(axes, profile, first, "ms")
 
 
 def _draw_per_token(axes: Axes, profile: Profile) -> None:

@@ -174,7 +174,7 @@ def _latency(profile: Profile) -> str:
             timing = row.decode.timing if row.decode else None
             cells += [
                 _ms(row.prefill.timing.p50_ms), _spread(row.prefill),
-                *(_ms(timing and getattr(timing, f"p{p}_ms")) for p in (50, 95, 99)),
+                *("" if timing is None else _ms(getattr(timing, f"p{p}_ms")) for p in (50, 95, 99)),
                 _rate(row.tokens_per_s_request), _rate(row.tokens_per_s),
             ]  # fmt: skip
         rows.append([*cells, _verdict(row)])
@@ -208,7 +208,7 @@ def _utilization(profile: Profile) -> str:
     for row in profile.rows:
         cells: list[Cell] = [*_where(row, profile.cases)]
         for phase in (row.prefill,) if encodes else (row.prefill, row.decode):
-            cells.append(_rate(phase and phase.tokens_per_s))
+            cells.append("" if phase is None else _rate(phase.tokens_per_s))
             cells += [_percent(phase, "mfu"), _percent(phase, "mbu")]
         memory = row.memory
         sizes = () if memory is None else (memory.weights, memory.cache, memory.activations)

@@ -116,7 +116,9 @@ class Phase:
         mbu: model bandwidth utilization, percent: `work.bytes` over the median time, as a share
             of the copy's rate. Reads alone can be faster than a copy: above 100 is possible.
         mfu: model FLOPs utilization, percent: `work.flops` over the median time, as a share of
-            the matrix product's rate (Chowdhery et al., arXiv:2204.02311, appendix B).
+            the matrix product's rate (Chowdhery et al., arXiv:2204.02311, appendix B). The work
+            is that of the model, so an implementation that leaves out what nobody needs (the last
+            layer's MLP of all but a prompt's last token) can be above 100.
     """
 
     timing: Timing
@@ -316,6 +318,12 @@ class Profile:
     def load(path: str | os.PathLike[str]) -> Profile:
         """From what `save` wrote."""
         return Profile.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
 
 
 def _rounded(value: Any) -> Any:

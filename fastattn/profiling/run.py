@@ -19,11 +19,11 @@ from torch import nn
 from fastattn.profiling.batches import Batch, make_batch
 from fastattn.profiling.ceilings import measure_ceilings
 from fastattn.profiling.counts import Counts, MeasuredCounts, count
-from fastattn.profiling.measure import Runs, describe, look_closer, make_row, release, time_case
+from fastattn.profiling.measure import Runs, look_closer, make_row, release, time_case
 from fastattn.profiling.operators import write_trace
-from fastattn.profiling.parity import References, wide_dtype
+from fastattn.profiling.parity import References, samples, wide_dtype
 from fastattn.profiling.providers import NAMES, Ours, Provider, Stock, check_names
-from fastattn.profiling.results import Case, Parity, Profile, Row
+from fastattn.profiling.results import Case, Parity, Profile, Row, describe
 from fastattn.profiling.stock import make_stock
 from fastattn.profiling.subject import Subject, check_memory, count_parameters, open_subject
 from fastattn.profiling.sweep import make_cases
@@ -220,13 +220,12 @@ def run_plan(plan: Plan, progress: Progress) -> Profile:
     ours, stock = _load(plan)
     providers = _make_providers(plan, ours, stock)
     counts: Counts = MeasuredCounts(Stock(stock), device) if ours is None else count(ours)
-    pad_token = _pad_token(subject)
-    batches = {case: make_batch(case, subject.vocab_size, pad_token, device) for case in plan.cases}
-    verdicts, notes = _compare(plan, ours, stock, providers, batches, tick)
+    verdicts, notes = _compare(plan, ours, stock, providers, tick)
     tick("ceilings")
     ceilings = measure_ceilings(device, plan.dtype)
     rows: list[Row] = []
-    for case, batch in batches.items():
+    for case in plan.cases:
+        batch = _make_batch(plan, case)
         runs = time_case(case, batch, providers, plan.repeats, tick)
         for provider in providers:
             tick(f"{provider.name}, {case}, memory and operators")
@@ -236,7 +235,7 @@ def run_plan(plan: Plan, progress: Progress) -> Profile:
         release()
     if plan.trace is not None:
         case = plan.cases[0]
-        _write_traces(plan.trace, providers, case, batches[case])
+        _write_traces(plan.trace, providers, case, _make_batch(plan, case))
     progress(total, total, "done")
     model = ours if ours is not None else stock
     return Profile(
@@ -272,34 +271,28 @@ def _pad_token(subject: Subject) -> int | None:
 
 
 def _compare(
-    plan: Plan,
-    ours: Any,
-    stock: Any,
-    providers: list[Provider],
-    batches: dict[Case, Batch],
-    tick: Callable[[str], None],
+    plan: Plan, ours: Any, stock: Any, providers: list[Provider], tick: Callable[[str], None]
 ) -> tuple[dict[Case, dict[str, Parity]], list[str]]:
-    """The verdicts by case and provider's name; a provider that raises has that as its verdict."""
-    none: dict[Case, dict[str, Parity]] = {case: {} for case in batches}
+    """The verdicts by case and provider's name, and what a reader should know of them."""
+    verdicts: dict[Case, dict[str, Parity]] = {case: {} for case in plan.cases}
     if stock is None:
-        return none, ["not compared with the stock model, which is none of the providers"]
-    model = stock if ours is None else ours
-    wide = wide_dtype(model, plan.dtype, plan.device)
+        return verdicts, ["not compared with the stock model, which is none of the providers"]
+    wide = wide_dtype(stock if ours is None else ours, plan.dtype, plan.device)
     wider = None
     if wide is not None:
-        if ours is None:
-            wider = _widen(plan, wide)
-        else:
-            wider = make_stock(ours, wide, "eager")
+        wider = _widen(plan, wide) if ours is None else make_stock(ours, wide, "eager")
     references = References(Stock(stock), wider, plan.subject.kind)
-    for case, batch in batches.items():
+    for case in plan.cases:
         tick(f"parity, {case}")
-        for provider in providers:
-            try:
-                none[case].update(references.check([provider], batch, case.new_tokens))
-            except Exception as error:
-                none[case][provider.name] = Parity(False, describe(error), references.name)
-    return none, []
+        batches = [_make_batch(plan, case, sample) for sample in range(samples(case.batch))]
+        verdicts[case] = references.check(providers, batches, case.new_tokens)
+    notes = [] if wide is not None else ["memory holds no wider model: tokens were compared alone"]
+    return verdicts, notes
+
+
+def _make_batch(plan: Plan, case: Case, sample: int = 0) -> Batch:
+    subject = plan.subject
+    return make_batch(case, subject.vocab_size, _pad_token(subject), plan.device, sample)
 
 
 def _widen(plan: Plan, wide: torch.dtype) -> Any:
@@ -362,7 +355,7 @@ def _write_traces(path: Path, providers: list[Provider], case: Case, batch: Batc
 
         with torch.no_grad(), provider.active():
             if case.new_tokens > 1:
-                passes = {"prefill": prefill, "decode": decode}
+                passes: dict[str, Callable[[], object]] = {"prefill": prefill, "decode": decode}
             else:
                 passes = {"prefill" if case.new_tokens else "forward": prefill}
             write_trace(own, passes, batch.ids.device)
