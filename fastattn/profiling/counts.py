@@ -110,13 +110,12 @@ class DecoderCounts:
         tables = [] if config.tied else [model.embedding]
         if config.rope is None:
             tables.append(model.positions)
-        self.row_bytes = self.itemsize * config.hidden_size * (len(tables) or 1)
+        self.row_bytes = self.itemsize * config.hidden_size * len(tables)
         self.weights = step_bytes(model, [], tables)
 
     def _work(self, tokens: int, rows: int, pairs: int, cached: int) -> Work:
         flops = 2 * self.linear * tokens + 2 * self.head * rows + self.per_pair * pairs
-        tied_rows = 0 if self.config.tied and self.config.rope is not None else self.row_bytes
-        return Work(flops, self.weights + tied_rows * tokens, self.per_token * cached)
+        return Work(flops, self.weights + self.row_bytes * tokens, self.per_token * cached)
 
     def _windows(self) -> list[int | None]:
         return [self.config.window(layer) for layer in range(self.config.num_layers)]
@@ -197,7 +196,13 @@ class Seq2SeqCounts:
         crosses = [layer.cross.vk for layer in model.decoder.layers]
         self.step_weights = step_bytes(model, [model.encoder, *crosses], tables)
         self.start_weights = step_bytes(model, [], tables)
-        self.row_bytes = config.dim * itemsize
+        # Rows of tables that are not read as a whole by the head.
+        own_tables = int(not config.tied_head)
+        reads = int(model.encoder_embedding is not None or bool(own_tables))
+        self.encoder_row, self.decoder_row = (
+            config.dim * itemsize * (count + (stack.max_positions is not None))
+            for count, stack in ((reads, config.encoder), (own_tables, config.decoder))
+        )
 
     def _stack(self, sizes: StackConfig) -> tuple[int, int]:
         """Multiply-adds of a token in the linear layers, and FLOPs of a pair in all layers."""
@@ -215,12 +220,10 @@ class Seq2SeqCounts:
         tokens, pairs = sum(prompts), sum(n * n for n in prompts)
         flops = 2 * (self.encoder_linear + self.memory_linear) * tokens + self.encoder_pair * pairs
         flops += self._step_flops(prompts, 0)
-        read = 0 if self.config.tied_head and self.config.tied_embeddings else self.row_bytes
-        if self.config.encoder.max_positions is not None:
-            read += self.row_bytes
+        read = self.encoder_row * tokens + self.decoder_row * len(prompts)
         # Keys and values of the encoder are written, and read by the start token's attention.
         cached = self.per_token * (2 * tokens + len(prompts))
-        return Work(flops, self.start_weights + read * tokens, cached)
+        return Work(flops, self.start_weights + read, cached)
 
     def cached(self, prompt: int) -> int:
         """The start token."""
@@ -229,11 +232,8 @@ class Seq2SeqCounts:
     def step(self, prompts: Sequence[int], position: int) -> Work:
         """One token for each row, whose decoder has `position` cached."""
         cached = sum(prompts) + len(prompts) * (position + 1)
-        own = 0 if self.config.tied_head else self.row_bytes
-        if self.config.decoder.max_positions is not None:
-            own += self.row_bytes
-        work = self._step_flops(prompts, position)
-        return Work(work, self.step_weights + own * len(prompts), self.per_token * cached)
+        weights = self.step_weights + self.decoder_row * len(prompts)
+        return Work(self._step_flops(prompts, position), weights, self.per_token * cached)
 
 
 class MeasuredCounts:

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile, record_function
 
-from fastattn.profiling.results import OUTSIDE, Share, Shares
+from fastattn.profiling.results import OUTSIDE, REST, Share, Shares
 
 LISTED = 12
 """Rows of a table of operators or kernels; the rest is summed up."""
-REST = "(all others)"
 
 Pass = Callable[[], object]
 

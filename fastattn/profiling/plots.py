@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fastattn.profiling.results import OUTSIDE, Case, Phase, Profile, Row, Shares
+from fastattn.profiling.results import OUTSIDE, REST, Case, Phase, Profile, Row, Shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,6 +91,7 @@ def plot(profile: Profile, path: str | os.PathLike[str]) -> None:
         axes = figure.add_subplot(grid[index // columns, index % columns])
         draw(axes, profile)
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     figure.suptitle(f"{profile.model}, {profile.dtype}, {profile.device}", fontsize=13)
     figure.savefig(path, dpi=110)
 
@@ -264,7 +265,7 @@ def _draw_utilization(axes: Axes, profile: Profile) -> None:
     axes.set_xlim(0, max(112, axes.get_xlim()[1] * 1.08))
     axes.set_xlabel("% of the ceiling measured in the same run")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2, frameon=False, fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncol=2, frameon=False, fontsize=8)
 
 
 def _draw_memory(axes: Axes, profile: Profile) -> None:
@@ -283,7 +284,7 @@ def _draw_memory(axes: Axes, profile: Profile) -> None:
     axes.set_xlim(0, max(left, default=1.0) * 1.12)
     axes.set_xlabel("MiB")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False, fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncol=3, frameon=False, fontsize=8)
 
 
 def shown_case(profile: Profile) -> Case:
@@ -325,7 +326,8 @@ def _draw_shares(axes: Axes, found: list[tuple[str, Shares]]) -> None:
     for _, shares in found:
         for share in shares.operators:
             weight[share.name] = max(weight.get(share.name, 0.0), share.percent)
-    weight.pop(OUTSIDE, None)
+    for name in (OUTSIDE, REST):
+        weight.pop(name, None)
     named = sorted(weight, key=lambda name: -weight[name])[:LISTED]
     colors: dict[str, Any] = dict(zip(named, _SHARES, strict=False))
     colors |= {"other operators": "#bbbbbb", OUTSIDE: "#e8e8e8"}

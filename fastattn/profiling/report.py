@@ -48,6 +48,8 @@ summary { cursor: pointer; font-weight: 600; }
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; font-size: .9rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { body { padding: 1rem .8rem 2rem; } td.code { max-width: 9.5rem; }
+  th, td { padding: .3rem .45rem; } }
 """
 
 

@@ -200,6 +200,8 @@ class Shares:
 
 
 OUTSIDE = "(outside of operators)"
+REST = "(all others)"
+"""Rows of `Shares` that are no operator: what none accounts for, and the small ones together."""
 
 
 @dataclass(frozen=True)
