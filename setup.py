@@ -32,6 +32,7 @@ TEST = [
     "pytest-benchmark",
     "pytest-xdist",
     "hypothesis",
+    "selenium>=4.20",  # the HTML report is opened in a headless Chromium
     "setuptools>=70.1",  # the packaging test builds a wheel with the one at hand
     *MODELS,
     *EXAMPLES,

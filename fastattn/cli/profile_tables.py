@@ -23,6 +23,8 @@ def print_profile(profile: Profile, console: Console) -> None:
         console.print(str(profile.cases[0]))
     console.print(_latency(profile))
     console.print(_utilization(profile))
+    if any(row.memory for row in profile.rows):
+        console.print(_memory(profile))
     if any(row.shares for row in profile.rows):
         console.print(_operators(profile))
     ceilings = profile.ceilings
@@ -71,7 +73,7 @@ def _parity(row: Row) -> str:
     if row.parity is None:
         return "[dim]the measure" if row.provider == "transformers" else "[dim]not compared"
     same = row.parity.same_tokens
-    return "[green]passed" + ("" if same is None else f"[/], {same:.0%} same tokens")
+    return "[green]passed" + ("" if same is None else f"[/], {same:.0%}")
 
 
 def _latency(profile: Profile) -> Table:
@@ -82,7 +84,7 @@ def _latency(profile: Profile) -> Table:
     else:
         _add(table, "first token ms", "p20-p80", "per token ms", "p95", "p99")
         _add(table, "tokens/s\na request", "tokens/s\ntotal")
-    table.add_column("parity", overflow="fold")
+    table.add_column("parity" if encodes else "parity,\nsame tokens", overflow="fold")
     for row in profile.rows:
         cells = _begin(profile, row)
         if row.prefill is None:
@@ -104,20 +106,28 @@ def _latency(profile: Profile) -> Table:
 
 
 def _utilization(profile: Profile) -> Table:
-    table = _table(profile, "Utilization of the ceilings, and memory")
+    table = _table(profile, "Utilization of the ceilings")
     encodes = profile.kind == "encoder"
     for phase in ("forward",) if encodes else ("prefill", "decode"):
         _add(table, f"{phase}\ntokens/s", "\nFLOPs", "\nbandwidth")
-    _add(table, "weights", "cache", "activations", "peak")
     for row in profile.rows:
         cells = _begin(profile, row)
         for found in (row.prefill,) if encodes else (row.prefill, row.decode):
             cells += _phase(found)
+        table.add_row(*cells)
+    return table
+
+
+def _memory(profile: Profile) -> Table:
+    table = _table(profile, "Memory")
+    source = next(row.memory.source for row in profile.rows if row.memory)
+    _add(table, "weights", "cache", "activations", f"peak ({source})")
+    for row in profile.rows:
+        cells = _begin(profile, row)
         if row.memory is not None:
             memory = row.memory
-            sizes = (memory.weights, memory.cache, memory.activations)
+            sizes = (memory.weights, memory.cache, memory.activations, memory.peak)
             cells += [format_bytes(size) for size in sizes]
-            cells.append(f"{format_bytes(memory.peak)} {memory.source}")
         table.add_row(*cells)
     return table
 
