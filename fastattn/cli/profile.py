@@ -190,4 +190,4 @@ def _print(found: Profile) -> None:
     from fastattn.cli.profile_tables import print_profile
 
     # Into a file or a pipe, rich would assume 80 columns.
-    print_profile(found, Console(width=None if sys.stdout.isatty() else 130, highlight=False))
+    print_profile(found, Console(width=None if sys.stdout.isatty() else 132, highlight=False))

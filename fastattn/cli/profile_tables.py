@@ -60,7 +60,7 @@ def _add(table: Table, *names: str) -> None:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _rate(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -39,6 +40,15 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         dtype=str(dtype).removeprefix("torch."),
         copy_mib=size / 2**20,
         matmul_size=side,
+    )
+
+
+def best(one: Ceilings, other: Ceilings) -> Ceilings:
+    """The higher rates of two measurements of the same: a ceiling is what can be reached."""
+    return replace(
+        one,
+        copy_gb_per_s=max(one.copy_gb_per_s, other.copy_gb_per_s),
+        matmul_tflops=max(one.matmul_tflops, other.matmul_tflops),
     )
 
 

@@ -20,6 +20,7 @@ COLORS = {"fastattn": "#0072B2", "transformers": "#999999", "transformers+fastat
 PARTS = {"weights": "#0072B2", "cache": "#E69F00", "activations": "#009E73"}
 _SHARES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 _MARKS = "os^Dv*"
+_PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # behind a text
 LISTED = 6
 """Operators with a color of their own."""
 
@@ -259,7 +260,9 @@ def _draw_utilization(axes: Axes, profile: Profile) -> None:
         values = [0.0 if one is None else getattr(one, field) for one in found]
         places = [place + ((len(kinds) - 1) / 2 - index) * height for place in range(len(labels))]
         bars = axes.barh(places, values, height * 0.92, color=color, label=name)
-        axes.bar_label(bars, [f"{value:.0f}%" for value in values], fontsize=8, padding=2)
+        axes.bar_label(
+            bars, [f"{value:.0f}%" for value in values], fontsize=8, padding=2, bbox=_PLAIN
+        )
     axes.axvline(100, color="black", lw=1, ls=":")
     axes.set_yticks(range(len(labels)), [name for name, _ in labels], fontsize=8)
     axes.set_xlim(0, max(112, axes.get_xlim()[1] * 1.08))

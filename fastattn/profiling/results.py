@@ -90,7 +90,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device did in this run, just before.
+    """What the device did in this run, before or after the timed part: the higher rate of both.
 
     Attributes:
         copy_gb_per_s: a large copy, bytes read and written.

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from fastattn.profiling.batches import Batch, make_batch
-from fastattn.profiling.ceilings import measure_ceilings
+from fastattn.profiling.ceilings import best, measure_ceilings
 from fastattn.profiling.counts import Counts, MeasuredCounts, count
 from fastattn.profiling.measure import Runs, look_closer, make_row, release, time_case
 from fastattn.profiling.operators import write_trace
 from fastattn.profiling.parity import References, samples, wide_dtype
 from fastattn.profiling.providers import NAMES, Ours, Provider, Stock, check_names
-from fastattn.profiling.results import Case, Parity, Profile, Row, describe
+from fastattn.profiling.results import Case, Ceilings, Parity, Profile, Row, describe
 from fastattn.profiling.stock import make_stock
 from fastattn.profiling.subject import Subject, check_memory, count_parameters, open_subject
 from fastattn.profiling.sweep import make_cases
@@ -77,7 +77,7 @@ def profile(
     Every provider is first compared with the stock model and with float64 (see `parity.py`): one
     whose outputs are wrong has its error in place of its figures. Then all providers take turns,
     `repeats` times after a warm-up; medians are kept, and percentiles. Ceilings are measured in the
-    same run. Memory and shares of time come from runs of their own, since looking slows them down.
+    same run, before and after, and the higher ones count. Memory and shares of time come from runs of their own, since looking slows them down.
 
     Args:
         model: a Hugging Face folder, a GGUF file, or a model in memory of `fastattn.models` or of
@@ -208,7 +208,7 @@ def _cache_bytes(subject: Subject, dtype: torch.dtype, case: Case) -> float:
 def run_plan(plan: Plan, progress: Progress) -> Profile:
     """Loads, compares, measures."""
     subject, device = plan.subject, plan.device
-    total = len(plan.cases) * (1 + len(plan.providers) * (plan.repeats + 2)) + 2
+    total = len(plan.cases) * (1 + len(plan.providers) * (plan.repeats + 2)) + 3
     done = 0
 
     def tick(text: str) -> None:
@@ -223,15 +223,19 @@ def run_plan(plan: Plan, progress: Progress) -> Profile:
     verdicts, notes = _compare(plan, ours, stock, providers, tick)
     tick("ceilings")
     ceilings = measure_ceilings(device, plan.dtype)
-    rows: list[Row] = []
+    timed: dict[Case, dict[str, Runs]] = {}
     for case in plan.cases:
-        batch = _make_batch(plan, case)
-        runs = time_case(case, batch, providers, plan.repeats, tick)
+        timed[case] = time_case(case, _make_batch(plan, case), providers, plan.repeats, tick)
+        release()
+    tick("ceilings once more")
+    ceilings = best(ceilings, measure_ceilings(device, plan.dtype))
+    rows: list[Row] = []
+    for case, runs in timed.items():
         for provider in providers:
             tick(f"{provider.name}, {case}, memory and operators")
             parity = _with_tokens(verdicts[case].get(provider.name), provider.name, runs)
-            row = _finish(provider, case, batch, runs[provider.name], parity, counts, ceilings)
-            rows.append(row)
+            batch, own = _make_batch(plan, case), runs[provider.name]
+            rows.append(_finish(provider, case, batch, own, parity, counts, ceilings))
         release()
     if plan.trace is not None:
         case = plan.cases[0]
@@ -323,7 +327,7 @@ def _finish(
     runs: Runs,
     parity: Parity | None,
     counts: Counts,
-    ceilings: Any,
+    ceilings: Ceilings,
 ) -> Row:
     """The row of a provider: figures where its outputs are right, else its error."""
     if parity is not None and not parity.passed:

@@ -17,6 +17,7 @@ from fastattn.cli import make_app
 from fastattn.models import save
 from fastattn.profiling import Case, Profile, make_cases, parity, parse_sweep, plot, profile, run
 from fastattn.profiling.batches import lengths_with_padding
+from fastattn.profiling.ceilings import best
 from fastattn.profiling.results import OUTSIDE, Ceilings, Phase, Timing, Work
 from fastattn.profiling.subject import TooLargeError, make_random
 from tests.profiling.tiny import TINY
@@ -196,6 +197,11 @@ def test_utilization_by_hand() -> None:
     assert phase.mbu == pytest.approx(40.0)  # 0.4 GB in 10 ms are 40 GB/s
     assert phase.mfu == pytest.approx(25.0)  # 5 GFLOP in 10 ms are 0.5 TFLOP/s
     assert phase.tokens_per_s == pytest.approx(400.0)
+
+
+def test_the_higher_of_two_ceilings_counts() -> None:
+    one, other = (Ceilings(*rates, "float32", 256.0, 1024) for rates in ((100.0, 2.0), (70.0, 3.0)))
+    assert best(one, other) == best(other, one) == Ceilings(100.0, 3.0, "float32", 256.0, 1024)
 
 
 def test_lengths_leave_the_padding_that_is_asked_for() -> None:
