@@ -77,7 +77,8 @@ def profile(
     Every provider is first compared with the stock model and with float64 (see `parity.py`): one
     whose outputs are wrong has its error in place of its figures. Then all providers take turns,
     `repeats` times after a warm-up; medians are kept, and percentiles. Ceilings are measured in the
-    same run, before and after, and the higher ones count. Memory and shares of time come from runs of their own, since looking slows them down.
+    same run, before and after, and the higher ones count. Memory and shares of time come from runs
+    of their own, since looking slows them down.
 
     Args:
         model: a Hugging Face folder, a GGUF file, or a model in memory of `fastattn.models` or of
