@@ -19,7 +19,7 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 XDIST := $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist worksteal)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format verify gpu peers compile-report clean
+.PHONY: help demo gallery test lint format verify gpu peers compile-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,10 @@ help: ## list the targets
 demo: export OMP_WAIT_POLICY ?= passive
 demo: $(READY) ## run MiniLM and SmolLM2 with their own attention and with fastattn
 	$(RUN) -m fastattn.cli demo $(ARGS)
+
+gallery: export OMP_WAIT_POLICY ?= passive
+gallery: $(READY) ## run every example of docs/gallery.md; ARGS="--quick" or "--check"
+	$(RUN) -m examples.gallery $(ARGS)
 
 # One thread a test process: two processes with a thread pool each fight over the same cores.
 test: export OMP_NUM_THREADS ?= 1
