@@ -41,10 +41,11 @@ def load_smollm2() -> tuple[Any, Any]:
 
 
 def load_t5() -> tuple[Any, Any]:
-    """The T5 of train_t5_bias.py as a fastattn `Seq2Seq`, and its tokenizer.
+    """The T5 of train_t5_bias.py as a fastattn `Seq2Seq`, and its tokenizer, of tokenizers.
 
     Its weights, learned from GPL texts, are in no repository: the first call trains them (minutes)
-    and keeps them in the user's cache.
+    and keeps them in the user's cache. Catalogs that the system lacks are looked for in
+    `catalogs_folder()`.
 
     Raises:
         LookupError: it has to be trained, and the German catalogs are not on this machine.
@@ -56,9 +57,16 @@ def load_t5() -> tuple[Any, Any]:
     return load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
+def catalogs_folder() -> Path:
+    """Where German catalogs may lie that are not installed."""
+    return demo_smollm2.cache_folder() / "gettext-data"
+
+
 def _train_t5(folder: Path) -> None:
     script = Path(__file__).with_name("train_t5_bias.py")
-    options = (f"--steps={T5_STEPS}", "--check-steps=0", f"--save={folder}", f"--output={folder}")
+    options = [f"--steps={T5_STEPS}", "--check-steps=0", f"--save={folder}", f"--output={folder}"]
+    if catalogs_folder().is_dir():
+        options.append(f"--data={catalogs_folder()}")
     run = subprocess.run([sys.executable, script, *options], stdout=subprocess.DEVNULL)
     if run.returncode:
         raise LookupError("examples/train_t5_bias.py could not train the T5: see above")
