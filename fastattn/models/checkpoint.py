@@ -10,12 +10,13 @@ What a family's weights are called there, and which of them are one tensor here,
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -244,6 +245,7 @@ def _fill(
     config: Any = model.config
     weights = family.weights(config, config.architecture)
     names = _match(model, weights, family, source)
+    _check_twins(weights, names, family, source)
     for weight in weights:
         owner, _, name = weight.ours.rpartition(".")
         module = model.get_submodule(owner)
@@ -273,10 +275,7 @@ def _match(
     missing, wrong, used = [], [], set()
     names: dict[str, list[str]] = {}
 
-    def find(name: str) -> str | None:
-        bare = name.removeprefix(family.prefix)
-        return next((one for one in (name, bare, family.prefix + name) if one in shapes), None)
-
+    find = functools.partial(_find, family=family, shapes=shapes)
     for weight in weights:
         wanted = tuple(model.get_parameter(weight.ours).shape)
         found = [find(name) for name in weight.theirs]
@@ -314,6 +313,32 @@ def _match(
             "configuration:\n" + "\n".join(lines)
         )
     return names
+
+
+def _find(name: str, family: Family, shapes: Mapping[str, Any]) -> str | None:
+    """The source's spelling of a weight's name: with the family's prefix, or without."""
+    bare = name.removeprefix(family.prefix)
+    return next((one for one in (name, bare, family.prefix + name) if one in shapes), None)
+
+
+def _check_twins(
+    weights: Sequence[Weight], names: dict[str, list[str]], family: Family, source: Source
+) -> None:
+    """Raises CheckpointError where a file has two matrices for one, tied, and they differ.
+
+    Of a vector, transformers itself saves a stale second one: the bias of an untied masked-LM head.
+    """
+    shapes = source.shapes()
+    for weight in weights:
+        for other in weight.also:
+            key, kept = _find(other, family, shapes), names[weight.ours][0]
+            if key is None or key == kept or len(shapes[kept]) < 2:
+                continue
+            if shapes[key] != shapes[kept] or not torch.equal(source.read(key), source.read(kept)):
+                raise CheckpointError(
+                    f"{source.place}: {key} must equal {kept}, since config.json ties the two, and "
+                    "it does not: tie_word_embeddings should be false, or one of them is stale"
+                )
 
 
 LISTED = 10

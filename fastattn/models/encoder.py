@@ -261,15 +261,17 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(size, config.intermediate_size, config.activation)
         self.mlp_norm = nn.LayerNorm(size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        # ALBERT has none behind its MLP.
+        self.mlp_dropout = nn.Dropout(0.0 if config.model_type == "albert" else self.dropout.p)
         self.pre_norm = config.pre_norm
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """(total, hidden_size) -> (total, hidden_size)."""
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x), packing))
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
         x = self.attention_norm(x + self.dropout(self.attention(x, packing)))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x)))
 
 
 class Encoder(nn.Module):

@@ -165,6 +165,22 @@ def test_tied_weights_are_read_once(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path).embedding.weight, embedding)
 
 
+def test_a_tied_head_that_is_another_matrix_is_refused(tmp_path: Path) -> None:
+    theirs = hf.make(
+        "LlamaForCausalLM", transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)
+    )
+    folder = hf.save(theirs, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        assert torch.equal(load(folder)(IDS), load(hf.save(theirs, tmp_path / "again"))(IDS))
+    tensors["lm_head.weight"][3, 4] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lm_head.weight must equal model.embed_tokens"):
+        load(folder)
+
+
 def test_saved_shards_load_here_and_there(theirs: Any, folder: Path, tmp_path: Path) -> None:
     ours = load(folder)
     save(ours, tmp_path, shard_bytes=20_000)

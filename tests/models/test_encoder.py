@@ -288,6 +288,30 @@ def test_dropout_is_where_it_should_be():
     assert output.packed_states[1].all()
 
 
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_dropout_is_where_transformers_has_it(family, tmp_path):
+    """ALBERT has none behind its MLP."""
+    kind = {"bert": transformers.BertModel, "albert": transformers.AlbertModel}[family]
+    config = kind.config_class(
+        vocab_size=37, hidden_size=12, embedding_size=12, intermediate_size=20, hidden_act="gelu",
+        num_hidden_layers=3, num_attention_heads=2, hidden_dropout_prob=0.25,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    kind(config).save_pretrained(tmp_path)
+    ids, fired = torch.randint(1, 37, (2, 9)), []
+    for model in (kind.from_pretrained(tmp_path), load(tmp_path)):
+        fired.append(0)
+
+        def count(module, inputs, output):
+            fired[-1] += module.p > 0
+
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.register_forward_hook(count)
+        model.train()(ids)
+    assert fired[0] == fired[1] == {"bert": 7, "albert": 4}[family]
+
+
 @pytest.mark.parametrize(
     ("architecture", "options", "expected"),
     [
