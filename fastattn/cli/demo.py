@@ -24,6 +24,7 @@ from fastattn.cli.demo_console import (
     working,
 )
 from fastattn.cli.demo_decoding import demo_decoding
+from fastattn.cli.demo_families import demo_families
 from fastattn.cli.demo_pairs import HEAT_MAP_SENTENCE, PAIRS, SIMILAR, TOPIC, UNRELATED
 from fastattn.cli.demo_sampling import demo_sampling
 
@@ -58,8 +59,8 @@ FEATURES = (
 
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where to write the attention heat map.")
-    ] = Path("fastattn-demo-attention.png"),
+        Path, typer.Option("--output", "-o", help="The folder for pictures; made if need be.")
+    ] = Path("fastattn-demo"),
     repeats: Annotated[
         int, typer.Option(min=1, help="How often each model is timed; the median counts.")
     ] = 7,
@@ -72,20 +73,27 @@ def demo(
         bool | None,
         typer.Option(help="Sample from SmolLM2 in six ways; unless said, as for --decode."),
     ] = None,
+    families: Annotated[
+        bool, typer.Option(help="Run fastattn's own models of the three families.")
+    ] = True,
 ) -> None:
-    """Two real models, with their own attention and with fastattn: MiniLM, and SmolLM2 decoding."""
-    _check_needs(NEEDS if embed else {"transformers": "transformers"})
-    if not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"no such folder: {output.parent}", param_hint="--output")
+    """Real models, with their own attention and with fastattn, and fastattn's own models."""
+    _check_needs(NEEDS if embed or families else {"transformers": "transformers"})
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{output}: {error.strerror}", param_hint="--output") from None
     device = _prepare_device()
     started = time.perf_counter()
     passed = True
     if embed:
-        passed &= _demo_embeddings(device, output, repeats)
+        passed &= _demo_embeddings(device, output / "demo-attention.png", repeats)
     if decode:
         passed &= demo_decoding(device, tokens)
     if decode if sample is None else sample:
         passed &= demo_sampling(device)
+    if families:
+        passed &= demo_families(device, output, tokens, decoder=decode)
     seconds = time.perf_counter() - started
     if not passed:
         console.print(f"\n[bold red]FAILED[/] in {seconds:.0f} s: see what is marked above")
