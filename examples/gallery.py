@@ -211,6 +211,12 @@ def write_section(name: str, section: str) -> None:
     DOCS.write_text(f"{before}{begin}\n{section.strip()}\n\n{end}{after}", encoding="utf-8")
 
 
+def fill(name: str, figures: Mapping[str, Any], **more: Any) -> str:
+    """sections/NAME.md with figures in the places of their {names}, as `str.format` fills them."""
+    text = (HERE / "sections" / f"{name}.md").read_text(encoding="utf-8")
+    return text.format(**figures, **more)
+
+
 def picture(file: str, alt: str) -> str:
     """A picture of examples/results, as a line of docs/gallery.md."""
     return f"![{alt}](../examples/results/{file})"
