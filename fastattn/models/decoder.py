@@ -335,8 +335,7 @@ class Decoder(nn.Module):
         if self.config.head is None:
             return hidden
         tied = self.config.head == "tokens" and self.config.tied
-        weight = self.embedding.weight if tied else self.head.weight
-        return linear(hidden, weight)
+        return linear(hidden, self.embedding.weight if tied else self.head.weight)
 
     def _turns(self, places: Tensor, end: int) -> Turns | None:
         """Tables at `places` (B, N), all of which lie below `end`."""
