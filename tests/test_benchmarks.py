@@ -269,7 +269,7 @@ def test_pool_survives_what_its_workers_do_not() -> None:
 
 
 def test_pool_says_when_no_worker_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_START_SECONDS", 0.05)
+    monkeypatch.setattr(pool, "_START_SECONDS", 0.0)
     with pytest.raises(pool.PoolUnavailable, match="no answer"):
         pool.run_tasks(["a"], _check, time.monotonic() + 60, lambda *_: None, workers=1)
 
@@ -277,7 +277,7 @@ def test_pool_says_when_no_worker_can_start(monkeypatch: pytest.MonkeyPatch) -> 
 def test_checks_run_here_where_no_worker_can_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "_START_SECONDS", 0.05)
+    monkeypatch.setattr(pool, "_START_SECONDS", 0.0)
     monkeypatch.setattr(parity, "run_config", lambda task, device: {"max_error": 0.0})
     checks = [parity.ConfigCheck((64, 64, 4, 1), 16, "fp32")]
     own_plan = plan.Plan(stages=["parity"], checks=checks, workers=1, total_seconds=60)

@@ -41,6 +41,7 @@ class Weight:
         rows: rows that each of theirs has here; () where they are all equal.
         also: other names that a file may have for the very same tensor (tied weights). Where none
             of `theirs` is in the file, the first of these that is there is read instead.
+        fallback: `also` are tensors of their own, which are only read instead.
     """
 
     ours: str
@@ -48,6 +49,7 @@ class Weight:
     transpose: bool = False
     rows: tuple[int, ...] = ()
     also: tuple[str, ...] = ()
+    fallback: bool = False
 
 
 def layers(count: int, weights: Sequence[Weight]) -> list[Weight]:
@@ -330,7 +332,7 @@ def _check_twins(
     """
     shapes = source.shapes()
     for weight in weights:
-        for other in weight.also:
+        for other in () if weight.fallback else weight.also:
             key, kept = _find(other, family, shapes), names[weight.ours][0]
             if key is None or key == kept or len(shapes[kept]) < 2:
                 continue

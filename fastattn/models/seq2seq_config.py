@@ -204,7 +204,9 @@ def t5_weights(config: Seq2SeqConfig, architecture: str) -> list[Weight]:
     weights = [Weight("embedding.weight", ("shared.weight",), also=tuple(copies))]
     if config.has_head and not config.tied_head:
         # transformers ties them if the file has none of its own, whatever the config says.
-        weights += [Weight("head.weight", ("lm_head.weight",), also=("shared.weight",))]
+        weights += [
+            Weight("head.weight", ("lm_head.weight",), also=("shared.weight",), fallback=True)
+        ]
     for stack, sizes in (("encoder", config.encoder), ("decoder", config.decoder)):
         block = f"{stack}.block.{{i}}.layer"
         attention, mlp = f"{block}.0.SelfAttention", "1" if stack == "encoder" else "2"
@@ -279,8 +281,8 @@ def bart_weights(config: Seq2SeqConfig, architecture: str) -> list[Weight]:
     else:
         shared = ("model.shared.weight",)  # as versions saved it that tied these nevertheless
         weights = [
-            Weight("encoder_embedding.weight", own[:1], also=shared),
-            Weight("embedding.weight", own[1:], also=shared),
+            Weight("encoder_embedding.weight", own[:1], also=shared, fallback=True),
+            Weight("embedding.weight", own[1:], also=shared, fallback=True),
         ]
         weights += [Weight("head.weight", head)] if head else []
     if config.has_head:
